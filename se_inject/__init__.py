@@ -1,0 +1,44 @@
+"""Retrofit squeeze-and-excitation blocks into trained CNNs, as an exact identity at the start.
+
+`inject(model)` gives the network with its blocks; the README has the tour. torch is imported when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from se_inject.artifact import load as load
+    from se_inject.artifact import save as save
+    from se_inject.block import SqueezeExcite as SqueezeExcite
+    from se_inject.errors import SEInjectError as SEInjectError
+    from se_inject.plan import Plan as Plan
+    from se_inject.plan import Site as Site
+    from se_inject.planner import make_plan as make_plan
+    from se_inject.rewrite import blocks as blocks
+    from se_inject.rewrite import inject as inject
+
+_HOMES = {
+    "Plan": "plan",
+    "SEInjectError": "errors",
+    "Site": "plan",
+    "SqueezeExcite": "block",
+    "blocks": "rewrite",
+    "inject": "rewrite",
+    "load": "artifact",
+    "make_plan": "planner",
+    "save": "artifact",
+}
+__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'se_inject' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"se_inject.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

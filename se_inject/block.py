@@ -1,0 +1,102 @@
+"""The squeeze-and-excitation block, built so that a fresh one is the exact identity.
+
+Takes feature maps, gives the same maps with every channel scaled by its gate. Knows nothing of graphs, plans or files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GAIN = 2.0
+"""The factor before the sigmoid: `2 * sigmoid(0)` is exactly 1 in every float format, where the sigmoid is steepest."""
+
+
+def count_hidden(channels: int, r: float, *, divisor: int = 8) -> int:
+    """Count the outputs of the squeezing layer W1: `channels / r`, rounded to a multiple of `divisor`.
+
+    The rounding is the one of timm and mmpretrain (to the nearest multiple, at least one); `divisor=1` gives the figure
+    of the paper.
+
+    Example:
+        >>> count_hidden(256, 16), count_hidden(64, 16), count_hidden(64, 16, divisor=1)
+        (16, 8, 4)
+    """
+    return max(divisor, int(channels / r + divisor / 2) // divisor * divisor)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention by squeeze and excitation, an exact identity when new.
+
+    The gate is `s = gain * sigmoid(W2 relu(W1 z + b1) + b2)` with z the mean of the map over its spatial dimensions
+    (Hu et al., arXiv 1709.01507, equations 2 and 3, which have gain 1). With W2 = 0, b2 = 0 and gain = 2 a new block
+    multiplies by exactly 1. As in LoRA, W2 learns from the first step and W1 from the second.
+
+    Shape:
+        One map (N, C, H, W) gives one map (N, C, H, W). Several maps (N, C_i, H, W), with the C_i adding up to
+        `channels`, are squeezed together and give a tuple of the same maps, each scaled by its part of the gate.
+
+    Args:
+        channels: C, the number of channels of the map, or of all maps together.
+        r: The reduction ratio.
+        divisor: `channels / r` is rounded to a multiple of this.
+        bias: Whether the two layers have biases.
+        gain: The factor before the sigmoid.
+        device: Where the parameters are made.
+        dtype: The parameters' type.
+
+    Example:
+        >>> block = SqueezeExcite(256, 16)
+        >>> x = torch.randn(2, 256, 14, 14)
+        >>> torch.equal(block(x), x)
+        True
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        r: float = 16,
+        *,
+        divisor: int = 8,
+        bias: bool = True,
+        gain: float = GAIN,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.channels, self.r, self.gain = channels, r, gain
+        hidden = count_hidden(channels, r, divisor=divisor)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=bias, device=device, dtype=dtype)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw W1 from He's normal distribution and set everything else to zero: the identity."""
+        nn.init.kaiming_normal_(self.fc1.weight, nonlinearity="relu")
+        nn.init.zeros_(self.fc2.weight)
+        for layer in (self.fc1, self.fc2):
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+    def compute_gate(self, *maps: Tensor) -> Tensor:
+        """Compute the gate (N, C, 1, 1) of maps (N, C_i, H, W), joined along C."""
+        squeezed = [x.mean((2, 3), keepdim=True) for x in maps]
+        z = squeezed[0] if len(squeezed) == 1 else torch.cat(squeezed, 1)
+        return self.gain * torch.sigmoid(self.fc2(F.relu(self.fc1(z))))
+
+    def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Scale one map, or several that are squeezed together; see the class for the shapes."""
+        gate = self.compute_gate(*maps)
+        # Under autocast the gate and a map can differ in dtype; without the cast the product would be promoted.
+        if len(maps) == 1:
+            return maps[0] * gate.to(maps[0].dtype)
+        gates = gate.split([x.shape[1] for x in maps], 1)
+        return tuple(x * g.to(x.dtype) for x, g in zip(maps, gates, strict=True))
+
+    def extra_repr(self) -> str:
+        """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""
+        return f"{self.channels}, {self.r:g}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"

@@ -1,0 +1,67 @@
+"""Calls in plain values, so that a plan can record what an owner was called with and replay it.
+
+Takes a probe's `Call`, gives JSON values, and back. Knows nothing of graphs and sites.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from se_inject.errors import PlanError, TraceError
+from se_inject.probe import Call, Twin, get_dtype
+
+
+def encode_call(call: Call, dtype: torch.dtype) -> Any:
+    """Turn a call into plain values; tensors become shape and type, with `dtype` (the model's own) as "model".
+
+    Raises:
+        TraceError: An argument is neither a tensor, a plain value, nor a container of these.
+    """
+    return {"args": [_encode(x, dtype) for x in call.args], "kwargs": {k: _encode(v, dtype) for k, v in call.kwargs.items()}}
+
+
+def decode_call(values: Any, twin: Twin) -> Call:
+    """Turn plain values back into a call with fake tensors."""
+    kwargs = {k: _decode(v, twin) for k, v in values["kwargs"].items()}
+    return Call(tuple(_decode(x, twin) for x in values["args"]), kwargs)
+
+
+def describe_form(call: Call) -> str:
+    """Describe a call up to batch and spatial sizes."""
+
+    def describe(x: object) -> Any:
+        return ("tensor", x.ndim, x.shape[1] if x.ndim > 1 else None, str(x.dtype)) if isinstance(x, Tensor) else x
+
+    leaves, spec = torch.utils._pytree.tree_flatten((call.args, call.kwargs))
+    return repr(([describe(x) for x in leaves], spec))
+
+
+def _encode(value: Any, dtype: torch.dtype) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Tensor):
+        name = "model" if value.dtype == dtype else str(value.dtype).removeprefix("torch.")
+        return {"tensor": list(value.shape), "dtype": name}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_encode(x, dtype) for x in value]}
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value):
+        return {"dict": {k: _encode(v, dtype) for k, v in value.items()}}
+    raise TraceError(f"it is called with a {type(value).__name__}, which a plan cannot record")
+
+
+def _decode(value: Any, twin: Twin) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        name = value["dtype"]
+        dtype = get_dtype(twin.model) if name == "model" else getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype):
+            raise PlanError(f"not a plan of se-inject: {name!r} is no type of a tensor")
+        return twin.make_tensor(value["tensor"], dtype)
+    if "dict" in value:
+        return {k: _decode(v, twin) for k, v in value["dict"].items()}
+    kind, items = next(iter(value.items()))
+    return {"list": list, "tuple": tuple}[kind](_decode(x, twin) for x in items)

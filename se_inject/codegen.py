@@ -1,0 +1,253 @@
+"""Code generation: write a traced graph as Python that reads like a person's.
+
+Takes the graphs of a method (one, or one a mode), gives the source of the method and the names that it uses. torch.fx
+writes one fresh name a value; here a value takes over the name of an operand that is no longer needed, as in
+`out = self.bn1(out)`. Executes nothing and changes no model.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dis
+import inspect
+import os.path
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional
+from torch import nn
+
+from se_inject.errors import TraceError
+from se_inject.tracing import Trace
+
+_MIN_PREFIX = 3
+
+
+@dataclass(frozen=True)
+class Method:
+    """The source of a method, and the objects behind the global names in it."""
+
+    source: str
+    names: Mapping[str, object]
+
+
+def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
+    """Write the method whose graphs (one, or eval and train) are given.
+
+    Args:
+        owner: The module whose method it is; only looked at.
+        traces: The edited graphs. With two, the method branches on `self.training`.
+
+    Raises:
+        TraceError: The method's signature cannot be written down.
+    """
+    names: dict[str, object] = {}
+    bodies = {trace.training: _write_body(owner, trace, names) for trace in traces}
+    first = traces[0]
+    body = bodies[first.training]
+    if len(bodies) > 1:
+        test = ast.parse("self.training", mode="eval").body
+        body = [ast.If(test=test, body=bodies[True], orelse=bodies[False])]
+    function = ast.parse(f"def {first.entry.method}(self, {_write_parameters(first.signature)}): pass").body[0]
+    assert isinstance(function, ast.FunctionDef)
+    function.body = [*_write_guards(owner, first), *body]
+    source = ast.unparse(ast.fix_missing_locations(function))
+    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return Method(source, {name: value for name, value in names.items() if name in used})
+
+
+def write_class(name: str, base: str, docstring: str, methods: Sequence[Method]) -> str:
+    """Write a subclass of `base` that has the given methods."""
+    indented = ["".join(f"    {line}\n" for line in method.source.splitlines()) for method in methods]
+    return f'class {name}({base}):\n    """{docstring}"""\n\n' + "\n".join(indented)
+
+
+def _write_parameters(signature: inspect.Signature) -> str:
+    parameters = []
+    for parameter in signature.parameters.values():
+        default = parameter.default
+        if default is not parameter.empty and not _is_plain(default):
+            raise TraceError(f"the default of its argument {parameter.name!r} is a {type(default).__name__}, not a plain value")
+        parameters.append(parameter.replace(annotation=parameter.empty))
+    return str(inspect.Signature(parameters))[1:-1]
+
+
+def _write_guards(owner: nn.Module, trace: Trace) -> list[ast.stmt]:
+    """Refuse other values of the arguments that the traced code read; what it did not read does not matter."""
+    read = _get_read_names(getattr(type(owner), trace.entry.method))
+    guards = []
+    for name, value in trace.fixed.items():
+        if name in read:
+            different = "is not" if value is None or isinstance(value, bool) else "!="
+            message = f"the rewritten {trace.entry.method} holds for {name}={value!r} alone"
+            guards += ast.parse(f"if {name} {different} {value!r}:\n    raise ValueError({message!r})").body
+    return guards
+
+
+def _get_read_names(method: Callable[..., Any]) -> set[str]:
+    names: set[str] = set()
+    for instruction in dis.get_instructions(inspect.unwrap(method)):
+        if instruction.opname.startswith("LOAD") and instruction.argval is not None:
+            names.update(instruction.argval if isinstance(instruction.argval, tuple) else [str(instruction.argval)])
+    return names
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> list[ast.stmt]:
+    code = trace.graph.python_code("self")
+    names.update(code.globals)
+    names["F"] = torch.nn.functional
+    function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
+    statements = [_Prettify(owner).visit(s) for s in map(_strip_annotation, function.body) if not _is_release(s)]
+    reserved = {"self", *trace.signature.parameters, *names, *dir(builtins)}
+    parameters = {argument.arg for argument in function.args.args}
+    joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
+    statements = _unpack_joint(statements, joint)
+    _rename(statements, parameters, reserved)
+    statements = [s for s in statements if not _is_self_assignment(s)]
+    return _inline_return(statements)
+
+
+def _strip_annotation(statement: ast.stmt) -> ast.stmt:
+    if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+        return ast.Assign(targets=[statement.target], value=statement.value)
+    return statement
+
+
+def _is_release(statement: ast.stmt) -> bool:
+    """Tell whether the statement is torch.fx's `x = None`, which frees a value; taking over names does the same."""
+    is_none = isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+    return is_none and statement.value.value is None  # type: ignore[attr-defined]
+
+
+def _is_self_assignment(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == ast.unparse(statement.value)
+
+
+class _Prettify(ast.NodeTransformer):
+    """Write `F.relu` for `torch.nn.functional.relu`, and `self.layers[0]` for `getattr(self.layers, "0")`."""
+
+    def __init__(self, owner: nn.Module) -> None:
+        self._owner = owner
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        self.generic_visit(node)
+        is_functional = ast.unparse(node) == "torch.nn.functional"
+        return ast.Name("F", ast.Load()) if is_functional else node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        path = _get_module_path(node)
+        self.generic_visit(node)
+        if path and path[-1].isdigit():
+            parent = self._owner.get_submodule(".".join(path[:-1]))
+            if isinstance(parent, (nn.Sequential, nn.ModuleList)):
+                return ast.Subscript(value=node.args[0], slice=ast.Constant(int(path[-1])), ctx=ast.Load())
+        return node
+
+
+def _get_module_path(node: ast.AST) -> list[str]:
+    """Return the path that `getattr(self.a, "0").b` names, empty for anything else."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+        return [node.attr]
+    if isinstance(node, ast.Attribute) and (path := _get_module_path(node.value)):
+        return [*path, node.attr]
+    is_getattr = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "getattr"
+    if is_getattr and isinstance(node.args[1], ast.Constant):  # type: ignore[attr-defined]
+        target, name = node.args  # type: ignore[attr-defined]
+        path = _get_module_path(target)
+        return [*path, name.value] if path or ast.unparse(target) == "self" else []
+    return []
+
+
+def _unpack_joint(statements: list[ast.stmt], joint: Mapping[str, int]) -> list[ast.stmt]:
+    """Write `a, b = self.se(a, b)` for the result of a block over several maps and the items taken from it."""
+    rest = iter(statements)
+    written = []
+    for statement in rest:
+        targets = _get_targets(statement)
+        if targets and targets[0] in joint:
+            assert isinstance(statement, ast.Assign)
+            items = [_get_targets(next(rest))[0] for _ in range(joint[targets[0]])]
+            statement.targets = [ast.Tuple([ast.Name(item, ast.Store()) for item in items], ast.Store())]
+        written.append(statement)
+    return written
+
+
+def _get_targets(statement: ast.stmt) -> list[str]:
+    if not isinstance(statement, ast.Assign):
+        return []
+    return [node.id for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Name)]
+
+
+def _inline_return(statements: list[ast.stmt]) -> list[ast.stmt]:
+    """Write `return self.relu(out)` for `out = self.relu(out); return out`."""
+    if len(statements) > 1 and isinstance(last := statements[-1], ast.Return) and isinstance(last.value, ast.Name):
+        before = statements[-2]
+        if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == last.value.id:
+            return [*statements[:-2], ast.Return(before.value)]
+    return statements
+
+
+@dataclass
+class _Variable:
+    """A variable of the written code: the values that hold it one after the other, from the first to the last use."""
+
+    values: list[str]
+    start: int
+    end: int
+    name: str = ""
+
+
+def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str]) -> None:
+    """Let values share variables where their lives do not overlap; rewrites the names in place."""
+    last_use = {name: i for i, s in enumerate(statements) for name in _get_loads(s)}
+    num_uses = Counter(name for s in statements for name in _get_loads(s))
+    variables = {p: _Variable([p], 0, len(statements), p) for p in parameters}
+    for i, statement in enumerate(statements):
+        ending = [name for name in _get_loads(statement) if name in variables and last_use[name] == i]
+        ending = [name for name in ending if name not in parameters or num_uses[name] == 1]
+        if _joins_many(statement):
+            ending = []
+        for target in _get_targets(statement):
+            variable = variables[ending.pop(0)] if ending else _Variable([], i, i)
+            variable.values.append(target)
+            variable.end = max(variable.end, last_use.get(target, i))
+            variables[target] = variable
+    _choose_names(variables, reserved)
+    for statement in statements:
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id in variables:
+                node.id = variables[node.id].name
+
+
+def _joins_many(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Assign) and ast.unparse(statement.value).startswith("torch.cat(")
+
+
+def _get_loads(statement: ast.stmt) -> list[str]:
+    names = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
+        names.append(statement.target.id)
+    return list(dict.fromkeys(names))
+
+
+def _choose_names(variables: Mapping[str, _Variable], reserved: set[str]) -> None:
+    """Name a variable after what its values have in common (`branch3x3` of `branch3x3_1` and `branch3x3_2`), else `out`."""
+    chosen: list[_Variable] = []
+    for variable in {id(v): v for v in variables.values()}.values():
+        if not variable.name:
+            prefix = os.path.commonprefix(variable.values)
+            prefix = prefix if prefix in variable.values else prefix.rstrip("_")
+            base = prefix if len(prefix) >= _MIN_PREFIX and prefix.isidentifier() else "out"
+            options = (base if i == 1 else f"{base}_{i}" for i in range(1, len(variables) + 2))
+            overlapping = {v.name for v in chosen if v.start <= variable.end and variable.start <= v.end}
+            variable.name = next(name for name in options if name not in overlapping | reserved)
+        chosen.append(variable)

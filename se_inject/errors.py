@@ -1,0 +1,41 @@
+"""The expected failures of se-inject.
+
+Each message says what was found, what was expected and what to do. Everything derives from `SEInjectError`, so that a
+caller (and the command line) catches one type, and from the builtin exception that it is.
+"""
+
+
+class SEInjectError(Exception):
+    """The base of every failure that se-inject expects."""
+
+
+class ModelError(SEInjectError, TypeError):
+    """The model is not one that can be changed: wrapped, compiled, scripted, quantised or already injected."""
+
+
+class ExampleError(SEInjectError, ValueError):
+    """The network does not run on the example input, or no example input could be found."""
+
+
+class OptionError(SEInjectError, ValueError):
+    """An option is out of its range, or a pattern matches nothing."""
+
+
+class EmptyPlanError(SEInjectError, ValueError):
+    """The network has no place for a block; the message lists the reasons."""
+
+
+class PlanError(SEInjectError, ValueError):
+    """A plan does not fit the network, or is not a plan."""
+
+
+class SourceError(SEInjectError, ValueError):
+    """A model name, a factory or its weights could not be resolved."""
+
+
+class ArtifactError(SEInjectError, OSError):
+    """A file could not be read or written, or is not what it should be."""
+
+
+class TraceError(SEInjectError, RuntimeError):
+    """A forward could not be followed; the message is the reason that the plan shows."""

@@ -1,0 +1,357 @@
+"""Merges: find where feature maps meet in a traced graph, and the branches that could be gated.
+
+Takes a `Trace`, gives its merges, each classified and either free to receive a block or with the reason why not. Changes
+nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import Tensor, fx
+
+from se_inject.operations import CONCATENATIONS, PRODUCTS, get_channel_dim, is_map
+from se_inject.probe import Call, Entry, Twin
+from se_inject.tracing import Trace, trace_entry
+
+Kind = Literal["residual", "concat", "fusion"]
+
+# What dropout, drop path and layer scale are made of: elementwise, and without anything learned but a scale.
+_SCALINGS = PRODUCTS | frozenset(
+    "div div_ __truediv__ dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout bernoulli_ new_empty "
+    "empty rand rand_like new_ones ones reshape view unsqueeze expand expand_as floor floor_ to type_as".split()
+)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """An operand to be gated: the edge from `node` to `consumer` in the graph."""
+
+    node: str
+    consumer: str
+    channels: int
+    label: str
+    """Path of the layer that made the map, relative to the owner, or the operation's name."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge in the code of an entry.
+
+    Attributes:
+        entry: The owner and its method.
+        index: Its place among the merges of the entry, from 0.
+        kind: residual, concat or fusion.
+        node: The operation's node in the graph.
+        code: The line of the owner's source, or the node's name where the line cannot be shown.
+        operations: The nodes that it stands for, the last of them `node`; a sum of three is two additions.
+        branches: The operands to gate, in the order of the merge.
+        reason: Why it cannot receive a block; empty if it can.
+    """
+
+    entry: Entry
+    index: int
+    kind: Kind
+    node: str
+    code: str
+    operations: tuple[str, ...]
+    branches: tuple[Branch, ...]
+    reason: str = ""
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of all branches together."""
+        return sum(branch.channels for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    kind: Kind
+    branches: tuple[fx.Node, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A merge in the graph: its node, what it joins, and the operations that it stands for."""
+
+    node: fx.Node
+    operands: list[fx.Node]
+    operations: list[fx.Node]
+    fork: fx.Node | None
+    """The last tensor that all operands were computed from."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an entry's code does: its graph and merges, once, or once a mode if the code reads `self.training`."""
+
+    traces: tuple[Trace, ...]
+    found: tuple[list[Merge], ...]
+    """The merges of each trace."""
+
+    @property
+    def merges(self) -> list[Merge]:
+        """The merges in terms of the first trace; one that is not free in every mode has the reason."""
+        first, *others = self.found
+        for other in others:
+            if [(m.kind, m.channels) for m in first] != [(m.kind, m.channels) for m in other]:
+                return [replace(m, reason=m.reason or "its merges differ between train and eval mode") for m in first]
+            first = [replace(m, reason=m.reason or o.reason) for m, o in zip(first, other, strict=True)]
+        return first
+
+
+def inspect_entry(twin: Twin, entry: Entry, call: Call) -> Inspection:
+    """Trace an entry in eval mode, in train mode too if its code asks for the mode, and find the merges.
+
+    Raises:
+        TraceError: The code cannot be followed in one of the modes.
+    """
+    traces = [trace_entry(twin, entry, call, training=False)]
+    if traces[0].reads_mode:
+        traces.append(trace_entry(twin, entry, call, training=True))
+    return Inspection(tuple(traces), tuple(find_merges(trace) for trace in traces))
+
+
+def find_merges(trace: Trace) -> list[Merge]:
+    """Find the merges of a traced entry, in the order in which they run.
+
+    Sums of three or more maps, written as a chain of additions, are one merge.
+    """
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    chained: set[fx.Node] = set()
+    found: list[_Found] = []
+    for node in reversed(list(trace.graph.nodes)):
+        if _is_merge(node) and node not in chained:
+            operands, operations = _collect_operands(node)
+            chained.update(operations)
+            operations.sort(key=order.__getitem__)
+            found.insert(0, _Found(node, operands, operations, _find_fork(operands, order)))
+    merges = [_make_merge(trace, order, merge, index) for index, merge in enumerate(found)]
+    return [_defer(merge, this, merges, found) for merge, this in zip(merges, found, strict=True)]
+
+
+def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found]) -> Merge:
+    """Pass over a concatenation on the branch of a residual block: the branch is gated once, at its end."""
+    for later, other in zip(merges, found, strict=True):
+        closes_same_fork = other.fork is this.fork is not None and this.node in _get_ancestors(other.node) - {other.node}
+        if merge.kind == "concat" and later.kind == "residual" and not later.reason and closes_same_fork:
+            return replace(merge, reason=f"it lies on the branch of `{later.code}`, which is gated")
+    return merge
+
+
+def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: int) -> Merge:
+    node, is_concat = merge.node, _is_concat(merge.node)
+    verdict = _classify_concat(merge.operands) if is_concat else _classify_sum(merge, order)
+    edges = [(branch, _get_consumer(branch, merge)) for branch in verdict.branches]
+    if len(edges) == 1:
+        edges = [_skip_scalings(*edges[0], merge)]
+    hazards = (_find_hazard(trace, order, *edge) for edge in edges)
+    reason = verdict.reason or next(filter(None, hazards), "") or (_find_late_branch(trace, merge) if edges[1:] else "")
+    if get_channel_dim(node.meta["value"]) != 1:
+        reason = "its maps are channels-last (N, H, W, C)"
+    return Merge(
+        entry=trace.entry,
+        index=index,
+        kind=verdict.kind,
+        node=node.name,
+        code=node.meta.get("code") or node.name,
+        operations=tuple(n.name for n in merge.operations),
+        branches=tuple(Branch(b.name, c.name, b.meta["value"].shape[1], _label(b)) for b, c in edges),
+        reason=reason,
+    )
+
+
+def _is_merge(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and len(node.meta["work"].merges) == 1 and bool(_get_operands(node))
+
+
+def _is_concat(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in CONCATENATIONS
+
+
+def _get_operands(node: fx.Node) -> list[fx.Node]:
+    args = [*node.args, *node.kwargs.values()]
+    if _is_concat(node):
+        args = list(args[0]) if isinstance(args[0], (list, tuple)) else []
+    return [x for x in args if isinstance(x, fx.Node) and is_map(x.meta["value"])]
+
+
+def _collect_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Collect what a chain of additions adds up, and the additions themselves."""
+    operands: list[fx.Node] = []
+    additions = [node]
+    for operand in _get_operands(node):
+        is_link = _is_merge(operand) and not _is_concat(operand) and len(operand.users) == 1
+        if is_link and not _is_concat(node):
+            inner, links = _collect_operands(operand)
+            operands += inner
+            additions += links
+        else:
+            operands.append(operand)
+    return operands, additions
+
+
+def _find_fork(operands: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:
+    common = set.intersection(*(_get_ancestors(x) for x in operands))
+    return max((n for n in common if isinstance(n.meta["value"], Tensor)), key=order.__getitem__, default=None)
+
+
+def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
+    operands, fork = merge.operands, merge.fork
+    above = [_get_ancestors(x) for x in operands]
+    since = [nodes - (_get_ancestors(fork) if fork else set()) for nodes in above]
+    layers = [_measure_depth(nodes, order) for nodes in since]
+
+    bypassing = {i for i, x in enumerate(operands) if any(x in above[j] for j in range(len(operands)) if j != i)}
+    if bypassing or fork is not None:
+        shortest = {i for i, n in enumerate(layers) if n == min(layers) < max(layers)}
+        shortcuts = bypassing | shortest
+    else:  # nothing in common: an argument that is handed on bypasses what is computed from another argument
+        shortcuts = {i for i, n in enumerate(layers) if n == 0}
+        if _are_from_one_list(operands):
+            return _Verdict("fusion", reason="fusion: its operands are peers from one list, neither bypasses the other")
+    branches = [i for i in range(len(operands)) if i not in shortcuts]
+    if not branches or not shortcuts:
+        return _Verdict("fusion", reason="fusion: neither operand is a shortcut of the other")
+    linear = max(layers) <= 1 and not any(_count(nodes, "activations") for nodes in since)
+    if linear and (len(branches) > 1 or any(_count(since[i], "norms") for i in shortcuts)):
+        return _Verdict("fusion", reason="fusion: parallel linear layers, as in a re-parameterised block")
+    chosen = tuple(operands[i] for i in branches)
+    if not all(_count(since[i], "convolutions") for i in branches):
+        return _Verdict("residual", chosen, "its branch holds no convolution")
+    attention = next(filter(None, (_find_attention(since[i]) for i in branches)), "")
+    return _Verdict("residual", chosen, attention)
+
+
+def _classify_concat(operands: list[fx.Node]) -> _Verdict:
+    computed = tuple(x for x in operands if _count(_get_ancestors(x), "layers"))
+    from_list = any(_comes_from_list(x) for x in operands)
+    if not computed and from_list:
+        return _Verdict("concat", reason="it joins a list that it is handed; those features are merged again by its parent")
+    branches = computed or tuple(operands)
+    common = set.intersection(*(_get_ancestors(x) for x in operands))
+    attention = next(filter(None, (_find_attention(_get_ancestors(x) - common) for x in computed)), "")
+    return _Verdict("concat", tuple(dict.fromkeys(branches)), attention)
+
+
+def _get_ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return the node and all that it was computed from."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += current.all_input_nodes
+    return seen
+
+
+def _get_descendants(node: fx.Node) -> set[fx.Node]:
+    """Return the node and all that is computed from it."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += current.users
+    return seen
+
+
+def _count(nodes: set[fx.Node], what: Literal["layers", "convolutions", "norms", "activations"]) -> int:
+    return sum(getattr(n.meta["work"], what) for n in nodes)
+
+
+def _measure_depth(nodes: set[fx.Node], order: dict[fx.Node, int]) -> int:
+    """Measure the largest number of layers that one of the nodes' values passes through."""
+    depth: dict[fx.Node, int] = {}
+    for node in sorted(nodes, key=order.__getitem__):
+        depth[node] = node.meta["work"].layers + max((depth.get(n, 0) for n in node.all_input_nodes), default=0)
+    return max(depth.values(), default=0)
+
+
+def _find_attention(nodes: set[fx.Node]) -> str:
+    for node in nodes:
+        # A child that holds merges of its own is a stretch of network, not a layer of this branch.
+        if node.meta["work"].attentions and not (node.op == "call_module" and node.meta["work"].merges):
+            return f"its branch already carries channel attention ({_label(node)})"
+    return ""
+
+
+def _comes_from_list(node: fx.Node) -> bool:
+    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder" and (
+        not isinstance(node.args[0].meta["value"], Tensor)
+    )
+
+
+def _are_from_one_list(operands: list[fx.Node]) -> bool:
+    lists = [{n.args[0] for n in _get_ancestors(x) if _comes_from_list(n)} for x in operands]
+    return bool(set.intersection(*lists))
+
+
+def _skip_scalings(branch: fx.Node, consumer: fx.Node, merge: _Found) -> tuple[fx.Node, fx.Node]:
+    """Walk back over drop path, dropout and layer scale to the last layer; return it and what consumes it."""
+    while (source := _get_scaled(branch)) is not None and source not in merge.operands:
+        branch, consumer = source, branch
+    return branch, consumer
+
+
+def _get_consumer(operand: fx.Node, merge: _Found) -> fx.Node:
+    """Return the operation of the merge that takes the operand."""
+    return next(operation for operation in merge.operations if operand in operation.all_input_nodes)
+
+
+def _get_scaled(node: fx.Node) -> fx.Node | None:
+    """Return the map that a node only scales or drops, or None if the node does more."""
+    work = node.meta["work"]
+    if node.op not in ("call_module", "call_function", "call_method") or not work.names <= _SCALINGS or work.attentions:
+        return None
+    maps = [n for n in node.all_input_nodes if is_map(n.meta["value"]) and n.meta["value"].shape == node.meta["value"].shape]
+    rest = [n for n in node.all_input_nodes if n not in maps]
+    return maps[0] if len(maps) == 1 and all(map(_is_scale, rest)) else None
+
+
+def _is_scale(node: fx.Node) -> bool:
+    """Tell whether a value is made from parameters alone, such as a reshaped layer scale."""
+    sources = [n for n in _get_ancestors(node) if not n.all_input_nodes]
+    return all(n.op == "get_attr" for n in sources)
+
+
+def _find_hazard(trace: Trace, order: dict[fx.Node, int], branch: fx.Node, consumer: fx.Node) -> str:
+    """Find an in-place operation that would no longer reach, or would spoil, a branch once its gated copy goes on."""
+    storage = branch.meta["value"].untyped_storage()._cdata
+    sharing = {n for n in trace.graph.nodes if _shares(n, storage)}
+    aliases = sharing - _get_descendants(consumer)
+    for node in list(trace.graph.nodes)[order[consumer] :]:
+        written = sharing.intersection(node.meta.get("mutates", ()))
+        if written & aliases and node is not consumer:
+            return f"its branch is overwritten in place afterwards ({_label(node)})"
+        for alias in aliases if written else ():
+            read_later = any(order[user] > order[node] for user in alias.users if user is not consumer)
+            if alias.op == "placeholder" or read_later:
+                return f"its sum is written over {_label(alias)}, which is read again"
+    return ""
+
+
+def _find_late_branch(trace: Trace, merge: _Found) -> str:
+    """Find what forbids that a chain of additions waits until all branches, which are gated together, are there."""
+    nodes = list(trace.graph.nodes)
+    between = nodes[nodes.index(merge.operations[0]) : nodes.index(merge.node)]
+    storages = {x.meta["value"].untyped_storage()._cdata for x in merge.operands}
+    for node in between:
+        written = [n for n in node.meta["mutates"] if any(_shares(n, storage) for storage in storages)]
+        if written and (node not in merge.operations or any(set(n.users) & set(between) - {node} for n in written)):
+            return f"its branches are written over between the additions ({_label(node)})"
+    return ""
+
+
+def _shares(node: fx.Node, storage: int) -> bool:
+    value = node.meta.get("value")
+    return isinstance(value, Tensor) and value.untyped_storage()._cdata == storage
+
+
+def _label(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else node.name

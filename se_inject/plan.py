@@ -1,0 +1,162 @@
+"""The plan: which merges receive a block, and why the others do not.
+
+Frozen dataclasses that are JSON both ways. A plan is what the user looks at before anything is cut, and what is replayed
+when an artifact is loaded. `planner` makes them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from se_inject.errors import PlanError
+from se_inject.merges import Kind
+from se_inject.probe import Entry
+
+Placement = Literal["standard"]
+PLAN_VERSION = 1
+DEFAULT_R = 16.0
+_MANY = 4
+
+
+@dataclass(frozen=True)
+class Site:
+    """A merge that receives a block.
+
+    Attributes:
+        owner: Path of the module in whose code the merge is written; empty for the root.
+        method: The owner's method that holds the merge.
+        name: The attribute of the owner that holds the block.
+        kind: residual or concat.
+        index: The place of the merge among those of the method, from 0.
+        merge: The line of code (or the graph node) of the merge.
+        branches: The layers whose output is gated, relative to the owner.
+        channels: Channels of all branches together.
+        hidden: Outputs of the squeezing layer W1.
+        r: The reduction ratio.
+        num_merges: How many executed operations of the probe's pass the site stands for.
+    """
+
+    owner: str
+    method: str
+    name: str
+    kind: Kind
+    index: int
+    merge: str
+    branches: tuple[str, ...]
+    channels: int
+    hidden: int
+    r: float
+    num_merges: int
+
+    @property
+    def path(self) -> str:
+        """Path of the block, as in `model.get_submodule(path)`."""
+        return f"{self.owner}.{self.name}" if self.owner else self.name
+
+    def describe_branches(self) -> str:
+        """Name the gated layers, in short where there are many: `denselayer1 .. denselayer16 (16 maps)`."""
+        if len(self.branches) <= _MANY:
+            return ", ".join(self.branches)
+        return f"{self.branches[0]} .. {self.branches[-1]} ({len(self.branches)} maps)"
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A merge that receives no block, and the reason."""
+
+    owner: str
+    method: str
+    kind: str
+    merge: str
+    reason: str
+    num_merges: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All sites, and every merge that was passed over.
+
+    Attributes:
+        model: Name of the network's class.
+        sites: The merges that receive a block.
+        passed_over: The others.
+        divisor: Hidden channels are a multiple of this.
+        bias: Whether the blocks' layers have biases.
+        placement: Where the block stands at a merge.
+        calls: What each owner with a site was called with, in plain values, for the replay.
+    """
+
+    model: str
+    sites: tuple[Site, ...]
+    passed_over: tuple[PassedOver, ...] = ()
+    divisor: int = 8
+    bias: bool = True
+    placement: Placement = "standard"
+    calls: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of parameters of all blocks."""
+        return sum(self.count_parameters(site) for site in self.sites)
+
+    def count_parameters(self, site: Site) -> int:
+        """Count the parameters of the block at a site."""
+        biases = site.hidden + site.channels if self.bias else 0
+        return 2 * site.channels * site.hidden + biases
+
+    def iterate_entries(self) -> Iterator[tuple[Entry, list[Site]]]:
+        """Go through the owners' methods, each with its sites."""
+        entries: dict[Entry, list[Site]] = {}
+        for site in self.sites:
+            entries.setdefault(Entry(site.owner, site.method), []).append(site)
+        yield from entries.items()
+
+    def to_json(self) -> str:
+        """Write the plan as JSON; `Plan.from_json` reads it."""
+        return json.dumps({"version": PLAN_VERSION, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan that `to_json` wrote.
+
+        Raises:
+            PlanError: The text is no plan, or one of a newer version.
+        """
+        try:
+            values = json.loads(text)
+            version = values.pop("version")
+            if version > PLAN_VERSION:
+                raise PlanError(f"the plan has format version {version}, this se-inject reads up to {PLAN_VERSION}: upgrade it")
+            sites = tuple(_read(Site, site) for site in values.pop("sites"))
+            passed = tuple(_read(PassedOver, item) for item in values.pop("passed_over"))
+            return _read(cls, {**values, "sites": sites, "passed_over": passed})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"not a plan of se-inject: {error!r}; write one with plan.to_json()") from error
+
+    def __str__(self) -> str:
+        """Show the plan as text, one line a site."""
+        lines = [f"{self.model}: {len(self.sites)} blocks, {self.num_parameters:,} parameters"]
+        for site in self.sites:
+            shape = f"{site.channels} -> {site.hidden} -> {site.channels}"
+            lines.append(f"  {site.path}: {site.kind} `{site.merge}` after {site.describe_branches()} ({shape})")
+        for (kind, reason), num in self.count_reasons().items():
+            lines.append(f"  passed over {num} {kind}: {reason}")
+        return "\n".join(lines)
+
+    def count_reasons(self) -> Counter[tuple[str, str]]:
+        """Count the merges that were passed over, by kind and reason."""
+        return Counter((item.kind, item.reason) for item in self.passed_over)
+
+
+def _read(cls: type, values: Mapping[str, Any]) -> Any:
+    names = {field.name for field in fields(cls)}
+    unknown = set(values) - names
+    if unknown:
+        raise PlanError(f"not a plan of se-inject: {cls.__name__} has no {', '.join(sorted(unknown))}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

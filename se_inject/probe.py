@@ -1,0 +1,303 @@
+"""Probe: find out what each module is called with, without computing anything.
+
+Takes a model and an example input, gives the calls and the merges of one forward pass a mode. The pass runs over fake
+tensors (shapes without storage) through a fake twin of the model, so the model itself is never run, changed or copied
+in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from se_inject.block import SqueezeExcite
+from se_inject.errors import ExampleError, ModelError
+from se_inject.operations import MergeCall, Watch
+
+METHODS = ("forward", "forward_features")
+"""Methods that are entered from outside and so are rewritten on their own (timm's networks have both)."""
+
+_USUAL_SIZES = (224, 32, 64, 128, 256, 299, 384, 512, 28)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a module: the place in the code where a merge is written."""
+
+    path: str
+    method: str = "forward"
+
+    @property
+    def key(self) -> str:
+        """Name of the entry in a plan's calls."""
+        return f"{self.path}:{self.method}"
+
+    def __str__(self) -> str:
+        path = self.path or "(root)"
+        return path if self.method == "forward" else f"{path}.{self.method}()"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call; tensors are fake."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Visit:
+    """What the probe saw of an entry: its calls, and the merges that ran in its own code (not in its children's)."""
+
+    calls: list[Call] = field(default_factory=list)
+    merges: list[MergeCall] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A copy of a model whose tensors are fake, and the mode that they live in."""
+
+    model: nn.Module
+    mode: FakeTensorMode
+
+    def make_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make a fake tensor on the model's device."""
+        with self.mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=get_device(self.model))
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The result of a probe.
+
+    Attributes:
+        twin: The fake twin that was run; its train flags are the model's.
+        visits: What was seen of each entry, in the order in which they were first called.
+        example: The positional arguments that the network was called with; tensors are fake.
+    """
+
+    twin: Twin
+    visits: dict[Entry, Visit]
+    example: tuple[Any, ...]
+
+
+def get_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer (the CPU if it has none)."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def get_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of the model's first floating point parameter (torch's default if it has none)."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be changed from inside.
+
+    Raises:
+        ModelError: The model is no module, or is wrapped, compiled, scripted, quantised or injected already.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
+    for path, module in model.named_modules():
+        where = path or "the model"
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule) and not path:
+            raise ModelError("the model is scripted (TorchScript); inject first, script after")
+        if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
+            raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
+        if "quantized" in kind.__module__.split("."):
+            raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
+        if hasattr(kind, "_se_inject_code") or isinstance(module, SqueezeExcite):
+            raise ModelError(f"the model is injected already ({where}); inject into the original network")
+
+
+def make_twin(model: nn.Module) -> Twin:
+    """Copy a model with all its tensors replaced by fake ones, which take no memory.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.shape_env = None
+    tensors = {id(t): t for m in model.modules() for t in _get_own_tensors(m)}
+    memo: dict[int, Any] = {}
+    for key, tensor in tensors.items():
+        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+        memo[key] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    try:
+        return Twin(copy.deepcopy(model, memo), mode)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        message = f"{type(model).__name__} cannot be copied ({_first_line(error)}); it must work with copy.deepcopy"
+        raise ModelError(message) from error
+
+
+def probe_model(model: nn.Module, *, example: object = None) -> Probe:
+    """Run a network once in eval and once in train mode over fake tensors, and record every call.
+
+    Args:
+        model: The network; it is neither run nor changed.
+        example: An input (N, C, H, W), a tuple of positional arguments, or None to find one: from the configuration that
+            timm's networks carry, or by trying usual sizes.
+
+    Raises:
+        ModelError: The model cannot be copied.
+        ExampleError: The network does not run on the example, or on none of the usual sizes.
+    """
+    check_model(model)
+    twin = make_twin(model)
+    tries = [_fake_example(twin, example)] if example is not None else list(_propose_examples(twin))
+    failures = []
+    for args in tries:
+        visits: dict[Entry, Visit] = {}
+        try:
+            _run(twin, args, visits, training=False)
+        except Exception as error:  # noqa: BLE001  any error of the user's forward means: not this input
+            failures.append((args, error))
+            continue
+        _visit_training(twin, args, visits)
+        return Probe(twin, visits, args)
+    args, error = failures[0] if failures else ((), ValueError("it has no convolution whose channels could be read"))
+    raise ExampleError(
+        f"{type(model).__name__} does not run on an input of {_describe(args)}: {_first_line(error)}; "
+        f"give example= with the shape that it is trained on"
+    ) from error
+
+
+def _visit_training(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit]) -> None:
+    # Modules that run in train mode alone, auxiliary heads for one. A network that needs targets in train mode stops
+    # somewhere on the way; what it called until then counts.
+    training: dict[Entry, Visit] = {}
+    try:
+        _run(twin, args, training, training=True)
+    except Exception:  # noqa: BLE001
+        training = {entry: visit for entry, visit in training.items() if visit.merges}
+    for entry, visit in training.items():
+        visits.setdefault(entry, visit)
+
+
+def _run(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit], *, training: bool) -> None:
+    stack: list[Entry] = []
+
+    def note_merge(merge: MergeCall) -> None:
+        if stack:
+            visits[stack[-1]].merges.append(merge)
+
+    with _recorded(twin, visits, stack), set_training(twin.model, training), twin.mode, torch.no_grad():
+        fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)  # the network may write on its input
+        with Watch(note_merge):
+            twin.model(*fresh)
+
+
+@contextmanager
+def set_training(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a whole model in train or eval mode, and every module back as it was afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+@contextmanager
+def _recorded(twin: Twin, visits: dict[Entry, Visit], stack: list[Entry]) -> Iterator[None]:
+    handles = []
+    wrapped = []
+
+    def enter(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stack.append(entry)
+        call = Call(*tree_map(lambda x: x, (args, kwargs)))  # containers are copied: a network may change them
+        visits.setdefault(entry, Visit()).calls.append(call)
+
+    def record_method(module: nn.Module, entry: Entry) -> None:
+        method = getattr(module, entry.method)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            enter(entry, args, kwargs)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                stack.pop()
+
+        setattr(module, entry.method, run)
+        wrapped.append((module, entry.method))
+
+    for path, module in twin.model.named_modules():
+        entry = Entry(path)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = entry) -> None:
+            enter(entry, args, kwargs)
+
+        def after(*_: object) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, always_call=True))
+        for method in METHODS[1:]:
+            if callable(getattr(type(module), method, None)):
+                record_method(module, Entry(path, method))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, method in wrapped:
+            delattr(module, method)
+
+
+def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    yield from (v for v in vars(module).values() if isinstance(v, Tensor))
+
+
+def _fake_example(twin: Twin, example: object) -> tuple[Any, ...]:
+    args = example if isinstance(example, tuple) else (example,)
+    leaves = torch.utils._pytree.tree_leaves(args)
+    if not any(isinstance(x, Tensor) for x in leaves):
+        raise ExampleError(
+            f"example= holds no tensor but {type(example).__name__}; give an input (N, C, H, W), or a tuple of arguments"
+        )
+
+    def fake(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        # A batch of one breaks batch norm on 1 x 1 maps in train mode, and hides which tensors differ between images.
+        shape = (2, *x.shape[1:]) if len(leaves) == 1 and x.ndim > 1 and x.shape[0] == 1 else x.shape
+        return twin.make_tensor(shape, get_dtype(twin.model) if x.is_floating_point() else x.dtype)
+
+    fakes: tuple[Any, ...] = tree_map(fake, args)
+    return fakes
+
+
+def _propose_examples(twin: Twin) -> Iterator[tuple[Tensor]]:
+    stem = next((m for m in twin.model.modules() if isinstance(m, nn.Conv2d)), None)
+    config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
+    size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+    sizes = [(s, s) for s in _USUAL_SIZES]
+    if size is not None:
+        sizes.insert(0, tuple(size[-2:]))
+    if stem is not None:
+        for height, width in sizes:
+            yield (twin.make_tensor((2, stem.in_channels, height, width), get_dtype(twin.model)),)
+
+
+def _describe(args: tuple[Any, ...]) -> str:
+    shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    return "shape " + ", ".join(map(str, shapes)) if shapes else "any usual size"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

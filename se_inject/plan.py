@@ -19,7 +19,7 @@ from se_inject.probe import Entry
 Placement = Literal["standard"]
 PLAN_VERSION = 1
 DEFAULT_R = 16.0
-_MANY = 4
+_MANY = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Site:
         return f"{self.owner}.{self.name}" if self.owner else self.name
 
     def describe_branches(self) -> str:
-        """Name the gated layers, in short where there are many: `denselayer1 .. denselayer16 (16 maps)`."""
+        """Name the gated layers, in short where there are many: `branch1 .. branch4 (4 maps)`."""
         if len(self.branches) <= _MANY:
             return ", ".join(self.branches)
         return f"{self.branches[0]} .. {self.branches[-1]} ({len(self.branches)} maps)"
@@ -87,7 +87,8 @@ class Plan:
         divisor: Hidden channels are a multiple of this.
         bias: Whether the blocks' layers have biases.
         placement: Where the block stands at a merge.
-        calls: What each owner with a site was called with, in plain values, for the replay.
+        calls: What each owner with a site was called with, in plain values, for the replay; under ":forward" what the
+            network itself was.
     """
 
     model: str

@@ -132,7 +132,8 @@ def survey_model(
     if not plan.sites:
         raise EmptyPlanError(_explain_empty(plan))
     used = [entry for entry, _ in plan.iterate_entries()]
-    calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in used}
+    recorded = [Entry(""), *used]
+    calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in recorded}
     return Survey(replace(plan, calls=calls), probe.twin, {entry: inspections[entry] for entry in used})
 
 

@@ -109,16 +109,27 @@ def blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SqueezeExcite)}
 
 
+def find_plan(model: nn.Module) -> Plan | None:
+    """Return the plan that a model was injected with, or None."""
+    plan = vars(model).get(_PLAN_ATTRIBUTE)
+    return plan if isinstance(plan, Plan) else None
+
+
 def get_plan(model: nn.Module) -> Plan:
     """Return the plan that a model was injected with.
 
     Raises:
         ModelError: The model has not been injected.
     """
-    plan = vars(model).get(_PLAN_ATTRIBUTE)
-    if not isinstance(plan, Plan):
+    plan = find_plan(model)
+    if plan is None:
         raise ModelError(f"{type(model).__name__} has not been injected; call se_inject.inject(model) first")
     return plan
+
+
+def get_base(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a generated class was derived from; any other class is returned as it is."""
+    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass

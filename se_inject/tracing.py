@@ -234,16 +234,16 @@ class _ShallowTracer(fx.Tracer):
 
 
 def _read_user_code() -> str:
-    """Read the line of the user's code that is being traced; empty if it is not a statement of its own."""
+    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
         frame = frame.f_back
     line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     try:
-        ast.parse(line.removeprefix("return "))
-    except SyntaxError:
+        statement = ast.parse(line.removeprefix("return ")).body[0]
+    except (SyntaxError, IndexError):
         return ""
-    return line.partition("#")[0].strip()
+    return ast.unparse(statement.value if isinstance(statement, ast.Assign) and statement.value else statement)
 
 
 def _get_values(argument: Any) -> Any:

@@ -1,0 +1,169 @@
+"""Artifacts: an injected network as a file of tensors and plain values.
+
+Takes an injected model, gives `model.pt` (a dict that `torch.load(..., weights_only=True)` reads) or `.safetensors`, and
+back. The network is built anew from its source, the plan is replayed, and the tensors are loaded strictly; no code comes
+from the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from se_inject.block import SqueezeExcite
+from se_inject.errors import ArtifactError, ModelError, PlanError, SourceError
+from se_inject.files import check_suffix, read_values, write_tensors
+from se_inject.plan import Plan
+from se_inject.rewrite import get_base, get_plan, inject
+from se_inject.sources import Source, build_skeleton
+
+FORMAT = "se-inject"
+FORMAT_VERSION = 1
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | None = None) -> None:
+    """Write an injected network: its source, its plan and its state dict.
+
+    The file is written beside its target and renamed, so that the old or the new one is there, whole, at any time.
+
+    Args:
+        model: From `inject` or `load`; wrappers (DDP, torch.compile) are seen through.
+        path: `.pt`, `.pth` or `.safetensors`.
+        source: How the network is built. A network loaded by `load` knows; timm's networks are recognised, if they are as
+            timm builds them. For others give `base=` to `load`.
+
+    Raises:
+        ModelError: The model has not been injected.
+        ArtifactError: The file cannot be written.
+
+    Example:
+        >>> import timm
+        >>> save(inject(timm.create_model("resnet18")), "model.pt")
+    """
+    target = Path(path)
+    check_suffix(target)
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    plan = get_plan(model)
+    source = source or vars(model).get("_se_inject_source") or _recognise_timm(model)
+    values = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "source": None if source is None else source.to_values(),
+        "plan": json.loads(plan.to_json()),
+    }
+    state = model.state_dict()
+    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ArtifactError(f"the state dict holds {others[0]!r}, which is no tensor; an artifact holds tensors alone")
+    write_tensors(target, state, values)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    base: nn.Module | Callable[[], nn.Module] | None = None,
+    trust_source: bool = False,
+) -> nn.Module:
+    """Read an injected network from a file; it is in eval mode and on the CPU.
+
+    Args:
+        path: What `save` wrote.
+        base: The original network, or a function that builds it, where the file does not say how (the user's own module).
+            A given module is not changed.
+        trust_source: Import and call the factory that the file names.
+
+    Raises:
+        ArtifactError: There is no such file, it is cut short, holds code, has a newer format, or is of another network.
+        SourceError: The network cannot be built, or is built by a factory that is not trusted.
+
+    Example:
+        >>> model = load("model.pt")
+    """
+    target = Path(path)
+    values = read_artifact(target)
+    source = None if values["source"] is None else Source.from_values(values["source"])
+    if base is not None:
+        network = base if isinstance(base, nn.Module) else base()
+    elif source is not None:
+        network = build_skeleton(source, trust_source=trust_source)
+    else:
+        raise SourceError(f"{path} does not say how its network is built; give load(..., base=) the original network")
+    try:
+        plan = Plan.from_json(json.dumps(values["plan"]))
+        model = inject(network, plan=plan, inplace=base is None)
+    except (PlanError, ModelError) as error:
+        raise ArtifactError(f"{path} is of another network: {error}") from error
+    _load_state(model, values["state_dict"], target)
+    vars(model)["_se_inject_source"] = source
+    return model.eval()
+
+
+def read_artifact(path: Path) -> dict[str, Any]:
+    """Read the plain values and tensors of an artifact, and check its format.
+
+    Raises:
+        ArtifactError: The file is no artifact of ours, or of a newer version.
+    """
+    values = read_values(path)
+    if values.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is no artifact of se-inject; a state dict is given with --weights, or torch.load")
+    version = values.get("version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ArtifactError(f"{path} has format version {version}, this se-inject reads up to {FORMAT_VERSION}: upgrade it")
+    if not {"source", "plan", "state_dict"} <= set(values) or not isinstance(values["state_dict"], dict):
+        raise ArtifactError(f"{path} is no whole artifact: it has {', '.join(map(str, values))}")
+    return values
+
+
+def get_source(model: nn.Module) -> Source | None:
+    """Return how a loaded network was built, if its file said so."""
+    source = vars(model).get("_se_inject_source")
+    return source if isinstance(source, Source) else None
+
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
+    if wrong:
+        names = ", ".join(wrong[:3])
+        raise ArtifactError(f"{path} is of another network: {len(wrong)} tensors differ in name or shape ({names}, ...)")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if name in state:
+            tensor.data = tensor.data.to(state[name].dtype)
+    model.load_state_dict(state)
+
+
+def _recognise_timm(model: nn.Module) -> Source | None:
+    """Find timm's name for a network, and make sure that timm builds just this network by it."""
+    config = getattr(model, "pretrained_cfg", None)
+    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
+    if not architecture:
+        return None
+    name = ".".join(filter(None, (architecture, getattr(config, "tag", None) or config.get("tag"))))
+    options = getattr(model, "_model_args", None) or {}
+    if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
+        return None
+    source = Source("timm", name, options)
+    try:
+        skeleton = build_skeleton(source)
+    except SourceError:
+        return None
+    return source if _describe(skeleton) == _describe(model) else None
+
+
+def _describe(model: nn.Module) -> dict[str, Any]:
+    """Describe a network but for its blocks and weights: each module's class, settings and plain attributes."""
+    described = {}
+    blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, SqueezeExcite))
+    for path, module in model.named_modules():
+        if not f"{path}.".startswith(blocks):
+            plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}
+            plain.pop("training")
+            described[path] = (get_base(type(module)), module.extra_repr(), plain)
+    return described

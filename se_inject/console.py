@@ -1,0 +1,135 @@
+"""Console: tables and lines for a person, JSON for a program.
+
+Takes plans, costs and predictions, gives rich renderables and plain values. Data go to stdout, talk to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from se_inject.costs import Costs
+    from se_inject.images import Prediction
+    from se_inject.plan import Plan
+
+_WIDTH_OF_PIPES = 140
+_COLUMNS = ("block", "kind", "merge", "branch", "channels", "hidden", "parameters")
+_GAP = 2
+# A pipe has no width of its own; rich would take 80 columns, in which long paths do not fit.
+_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
+stdout = Console(highlight=False, width=_width)
+stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def talk(line: str) -> None:
+    """Tell the user something that is not data."""
+    stderr.print(escape(line))
+
+
+def print_json(values: object) -> None:
+    """Print plain values as JSON on stdout."""
+    stdout.out(json.dumps(values, indent=1))
+
+
+def print_plan(plan: Plan, before: Costs, after: Costs) -> None:
+    """Print a plan as tables: the sites, what is passed over and why, and the totals."""
+    stdout.print(_tabulate_sites(plan))
+    if plan.passed_over:
+        stdout.print(_tabulate_passed_over(plan))
+    stdout.print(_tabulate_costs(before, after))
+
+
+def _tabulate_sites(plan: Plan) -> Table:
+    rows = [
+        (
+            site.path,
+            site.kind,
+            site.merge,
+            site.describe_branches(),
+            f"{site.channels}",
+            f"{site.hidden}",
+            f"{plan.count_parameters(site):,}",
+        )
+        for site in plan.sites
+    ]
+    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
+    # Each row keeps to one line: where the terminal is narrow, merge and branch give way.
+    spare = stdout.width - sum(widths) - _GAP * len(widths) + widths[2] + widths[3]
+    widths[3] = min(widths[3], max(len("branch"), spare // 2))
+    widths[2] = min(widths[2], max(len("merge"), spare - widths[3]))
+    title = f"{plan.model}: {len(plan.sites)} blocks, {plan.num_parameters:,} parameters"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, _GAP - 1, 0, 0), pad_edge=False)
+    for i, (name, width) in enumerate(zip(_COLUMNS, widths, strict=True)):
+        table.add_column(name, width=width, no_wrap=True, justify="right" if i > 3 else "left")  # noqa: PLR2004
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _tabulate_passed_over(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=f"passed over: {len(plan.passed_over)} merges", title_justify="left")
+    table.add_column("merges", justify="right")
+    for name in ("kind", "where", "reason"):
+        table.add_column(name, overflow="fold")
+    for (kind, reason), num in plan.count_reasons().items():
+        owners = [item.owner or "(root)" for item in plan.passed_over if (item.kind, item.reason) == (kind, reason)]
+        where = owners[0] if len(owners) == 1 else f"{owners[0]} .. {owners[-1]}"
+        table.add_row(str(num), kind, escape(where), escape(reason))
+    return table
+
+
+def _tabulate_costs(before: Costs, after: Costs) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "before", "after", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    rows = (
+        ("parameters", before.parameters, after.parameters, "{:,}"),
+        ("GMACs an image", before.macs / 1e9, after.macs / 1e9, "{:,.5g}"),
+        ("size in MB", before.size / 1e6, after.size / 1e6, "{:,.1f}"),
+    )
+    for name, old, new, form in rows:
+        change = f"{(new / old - 1) * 100:+.2f} %" if old else ""
+        table.add_row(name, form.format(old), form.format(new), change)
+    return table
+
+
+def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
+    """Turn a plan and its totals into plain values."""
+    sites = [{"path": site.path, **asdict(site), "parameters": plan.count_parameters(site)} for site in plan.sites]
+    return {
+        "model": plan.model,
+        "divisor": plan.divisor,
+        "bias": plan.bias,
+        "placement": plan.placement,
+        "sites": sites,
+        "passed_over": [asdict(item) for item in plan.passed_over],
+        "before": describe_costs(before),
+        "after": describe_costs(after),
+    }
+
+
+def describe_costs(costs: Costs) -> dict[str, int]:
+    """Turn costs into plain values: counts, bytes, and operations for one image."""
+    return {"parameters": costs.parameters, "size_bytes": costs.size, "flops": costs.flops, "macs": costs.macs}
+
+
+def print_predictions(predictions: Mapping[str, Sequence[Prediction]]) -> None:
+    """Print the classes of each image as a table."""
+    for path, classes in predictions.items():
+        table = Table(box=box.SIMPLE_HEAD, title=escape(path), title_justify="left")
+        table.add_column("class", justify="right")
+        table.add_column("name")
+        table.add_column("probability", justify="right")
+        for item in classes:
+            table.add_row(str(item.index), escape(item.name), f"{item.probability:.4f}")
+        stdout.print(table)

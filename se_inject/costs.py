@@ -1,0 +1,69 @@
+"""Costs: what a network takes before and after, counted over fake tensors.
+
+Takes an injected model and its plan, gives exact counts: parameters, bytes, multiply-accumulates. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from se_inject.calls import decode_call
+from se_inject.plan import Plan
+from se_inject.probe import Entry, Twin, make_twin, set_training
+from se_inject.rewrite import blocks
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a network takes.
+
+    Attributes:
+        parameters: Number of parameters.
+        size: Bytes of all parameters and buffers.
+        flops: Floating point operations for one image (two for a multiply-accumulate), as torch's FlopCounterMode counts
+            them: convolutions and matrix products.
+    """
+
+    parameters: int
+    size: int
+    flops: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one image."""
+        return self.flops // 2
+
+
+def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
+    """Count what an injected network takes without its blocks and with them, at the input that its plan was made with.
+
+    Args:
+        model: An injected network.
+        plan: The plan that it was injected with.
+    """
+    after = _count(model, plan)
+    twin = make_twin(model)
+    for path in blocks(model):
+        block = twin.model.get_submodule(path)
+        block._parameters.clear()
+        block._modules.clear()
+        block.forward = lambda *maps: maps if len(maps) > 1 else maps[0]  # type: ignore[method-assign]
+    return _count(twin.model, plan, twin), after
+
+
+def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
+    twin = twin or make_twin(model)
+    call = decode_call(plan.calls[Entry("").key], twin)
+    num_images = next(x.shape[0] for x in tree_leaves(call.args) if isinstance(x, Tensor))
+    with FlopCounterMode(display=False) as counter, set_training(twin.model, False), twin.mode, torch.no_grad():  # noqa: FBT003
+        twin.model(*call.args, **call.kwargs)
+    return Costs(
+        parameters=sum(p.numel() for p in model.parameters()),
+        size=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
+        flops=counter.get_total_flops() // num_images,
+    )

@@ -1,0 +1,147 @@
+"""Files: write them whole or not at all, and read tensors without executing anything.
+
+Takes and gives plain values and tensors. Knows nothing of networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from se_inject.errors import ArtifactError
+
+SAFETENSORS = ".safetensors"
+SUFFIXES = (".pt", ".pth", SAFETENSORS)
+_METADATA_KEY = "se_inject"
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file beside its target and rename it, so that the old or the new one is there at any time.
+
+    Args:
+        path: The target.
+        write: Is given the open file.
+
+    Raises:
+        ArtifactError: The file cannot be written (no folder, no right, no space).
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o666 & ~_get_umask())
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    """Write tensors, and plain values beside them, as `.pt`/`.pth` (a dict that torch reads) or `.safetensors`.
+
+    Raises:
+        ArtifactError: The file cannot be written, or its suffix is none of the three.
+    """
+    check_suffix(path)
+    if path.suffix == SAFETENSORS:
+        # Of tensors that share memory, as tied weights do, safetensors wants a copy each.
+        data = safetensors.torch.save(
+            {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
+            metadata={_METADATA_KEY: json.dumps(values)},
+        )
+        write_whole(path, lambda file: file.write(data))
+    else:
+        write_whole(path, lambda file: torch.save({**values, "state_dict": dict(tensors)}, file))
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """Read a file of tensors as a dict; nothing in it is executed.
+
+    A `.safetensors` file gives its tensors under "state_dict", and beside them the plain values that `write_tensors` put
+    into its metadata.
+
+    Raises:
+        ArtifactError: There is no such file, it is cut short, holds code, or is of another kind.
+    """
+    check_suffix(path)
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {path}")
+    try:
+        if path.suffix == SAFETENSORS:
+            with safetensors.safe_open(path, framework="pt") as file:
+                values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            return {**values, "state_dict": safetensors.torch.load_file(path)}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        line = str(error).splitlines()[0]
+        raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {line}") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {line}") from error
+    if not isinstance(content, dict):
+        raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
+    return content
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read a state dict: bare, or under `state_dict` or `model`; prefixes `module.` and `_orig_mod.` are dropped.
+
+    Raises:
+        ArtifactError: The file cannot be read, or holds no state dict.
+    """
+    values: Any = read_values(path)
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(values.get(key), dict):
+            values = values[key]
+            break
+    if not values or not all(isinstance(value, Tensor) for value in values.values()):
+        raise ArtifactError(f"{path} holds no state dict: neither itself nor its 'state_dict' or 'model' maps names to tensors")
+    for prefix in ("_orig_mod.", "module."):
+        if all(key.startswith(prefix) for key in values):
+            values = {key.removeprefix(prefix): value for key, value in values.items()}
+    return dict(values)
+
+
+def check_target(path: Path) -> None:
+    """Refuse a target that could not be written in the end.
+
+    Raises:
+        ArtifactError: The suffix names no format, or there is no such folder, or no right to write in it.
+    """
+    check_suffix(path)
+    if not path.parent.is_dir():
+        raise ArtifactError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ArtifactError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'no right to write there'}")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a path whose suffix does not name a format.
+
+    Raises:
+        ArtifactError: The suffix is none of `.pt`, `.pth` and `.safetensors`.
+    """
+    if path.suffix not in SUFFIXES:
+        raise ArtifactError(f"{path} has the suffix {path.suffix or '(none)'!r}; expected one of {', '.join(SUFFIXES)}")
+
+
+def _get_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

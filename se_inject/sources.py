@@ -1,0 +1,314 @@
+"""Sources: find the network that a name means, build it, and fetch its weights.
+
+Takes names (`resnet50`, `torchvision:resnet50`, `hf-hub:...`, `package.module:factory`), gives the network and a `Source`
+that says how to build it again. timm and torchvision do the work.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import os
+import socket
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from torch import Tensor, nn
+
+from se_inject.errors import SourceError
+from se_inject.files import read_state_dict
+
+Library = Literal["timm", "torchvision", "factory"]
+RANDOM = "none (random)"
+_NO_NETWORK = "give --weights FILE to load them from a file, or --no-pretrained for random ones"
+
+
+@dataclass(frozen=True)
+class Source:
+    """How a network is built, in plain values.
+
+    Attributes:
+        library: timm, torchvision or factory.
+        name: The library's name for it, or `package.module:factory`.
+        options: What the builder is called with.
+        weights: Where the weights came from, in words.
+        preprocess: How an image becomes an input; see `images`.
+    """
+
+    library: Library
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    weights: str = RANDOM
+    preprocess: Mapping[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.library}:{self.name}"
+
+    def to_values(self) -> dict[str, Any]:
+        """Turn into plain values, for a file."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: object) -> Source:
+        """Read what `to_values` gave.
+
+        Raises:
+            SourceError: The values are something else.
+        """
+        names = {f.name for f in fields(cls)}
+        is_known = isinstance(values, dict) and set(values) == names and values["library"] in Library.__args__  # type: ignore[attr-defined]
+        if not is_known or not isinstance(values["options"], dict) or not isinstance(values["name"], str):  # type: ignore[index]
+            raise SourceError("the file does not say how its network is built")
+        return cls(**values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network and its source."""
+
+    model: nn.Module
+    source: Source
+
+
+def open_network(
+    name: str, *, pretrained: bool = True, weights: Path | None = None, num_classes: int | None = None
+) -> Network:
+    """Build the network that a name means, with weights.
+
+    Args:
+        name: `resnet50` (timm's if there is one, else torchvision's), `timm:NAME`, `torchvision:NAME`, `hf-hub:USER/NAME` or
+            `package.module:factory`, with the working directory importable.
+        pretrained: Fetch the library's default weights; a factory's network comes as it is.
+        weights: A state dict to load instead.
+        num_classes: Replace the classifier by one for so many classes.
+
+    Raises:
+        SourceError: There is no such network, its weights cannot be fetched, or they do not fit.
+        ArtifactError: The weights' file cannot be read.
+    """
+    if num_classes is not None and num_classes < 1:
+        raise SourceError(f"--num-classes is {num_classes}; it must be at least 1")
+    library, short = resolve_name(name)
+    open_it = {"timm": _open_timm, "torchvision": _open_torchvision, "factory": _open_factory}[library]
+    network = open_it(short, pretrained and weights is None, num_classes)
+    if weights is not None:
+        load_weights(network.model, read_state_dict(weights), str(weights), num_classes)
+        network = Network(network.model, replace(network.source, weights=str(weights)))
+    return network
+
+
+def resolve_name(name: str) -> tuple[Library, str]:
+    """Find out which library a name belongs to.
+
+    Raises:
+        SourceError: No library has it; the message lists the nearest names.
+    """
+    import timm  # noqa: PLC0415  takes seconds
+    import torchvision  # noqa: PLC0415
+
+    head, colon, tail = name.partition(":")
+    if head in ("hf-hub", "local-dir"):
+        return "timm", name
+    if colon and head not in ("timm", "torchvision"):
+        return "factory", name
+    short = tail if colon else name
+    if short.endswith((".pt", ".pth", ".safetensors", ".onnx")) or os.sep in short:
+        raise SourceError(f"there is no file {name}")
+    known = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models()}
+    if head != "torchvision" and short.partition(".")[0] in known["timm"]:
+        return "timm", short
+    if head != "timm" and short in known["torchvision"]:
+        return "torchvision", short
+    names = [n for library, models in known.items() if not colon or library == head for n in models]
+    where = f"{head} has no network" if colon else "neither timm nor torchvision has a network"
+    near = list(dict.fromkeys(difflib.get_close_matches(short, names, n=5, cutoff=0.5)))
+    hint = f"; the nearest names are {', '.join(near)}" if near else "; timm.list_models() lists the names"
+    raise SourceError(f"{where} {short!r}{hint}")
+
+
+def build_skeleton(source: Source, *, trust_source: bool = False) -> nn.Module:
+    """Build a source's network with random weights, to be loaded from an artifact.
+
+    Args:
+        source: From an artifact.
+        trust_source: Import and call the factory that the source names; without it, it is refused.
+
+    Raises:
+        SourceError: It cannot be built, or is a factory and not trusted.
+    """
+    if source.library == "factory":
+        if not trust_source:
+            raise SourceError(
+                f"the network is built by {source.name}, which is code: give load(..., base={source.name.partition(':')[2]}), "
+                f"or trust_source=True (--trust-source) if you know it"
+            )
+        return _call_factory(source.name, dict(source.options))
+    library, name = resolve_name(str(source) if not source.name.startswith(("hf-hub", "local-dir")) else source.name)
+    build = _build_timm if library == "timm" else _build_torchvision
+    return build(name, dict(source.options))
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num_classes: int | None = None) -> None:
+    """Load a state dict strictly; with `num_classes`, a classifier of another size keeps its fresh weights.
+
+    Raises:
+        SourceError: Names or shapes differ; the message shows the first ones.
+    """
+    own = model.state_dict()
+    other = [key for key in state if key in own and own[key].shape != state[key].shape]
+    if num_classes is not None:
+        other = [key for key in other if own[key].shape[:1] != (num_classes,)]
+        state = {key: own[key] if key in own and own[key].shape != value.shape else value for key, value in state.items()}
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected or other:
+        found = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"  # noqa: PLR2004
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
+            if keys
+        ]
+        hint = "; --num-classes sets the number of classes" if other and not missing and not unexpected else ""
+        raise SourceError(f"the weights of {origin} are not those of {type(model).__name__}: {'; '.join(found)}{hint}")
+    model.load_state_dict(state)
+
+
+def _open_timm(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
+    import timm  # noqa: PLC0415
+
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    model = _fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
+    config = getattr(model, "pretrained_cfg", None) or {}
+    if not name.startswith(("hf-hub", "local-dir")):
+        name = ".".join(filter(None, (config.get("architecture", name), config.get("tag"))))
+    weights = (config.get("hf_hub_id") or config.get("url") or name) if pretrained else RANDOM
+    source = Source("timm", name, options, str(weights), _read_timm_preprocess(model))
+    return Network(model, source)
+
+
+def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
+    import timm  # noqa: PLC0415
+
+    model: nn.Module = _fetch(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
+    return model
+
+
+def _read_timm_preprocess(model: nn.Module) -> dict[str, Any]:
+    import timm.data  # noqa: PLC0415
+
+    config = timm.data.resolve_model_data_config(model)
+    return {"library": "timm", **{key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}}
+
+
+def _open_torchvision(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
+    import torchvision  # noqa: PLC0415
+
+    weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
+    if weights is None:
+        model = _build_torchvision(name, options)
+        return Network(model, Source("torchvision", name, {**options, **_read_torchvision_options(model)}))
+    model = _fetch(lambda: torchvision.models.get_model(name, weights=weights), f"torchvision:{name}")
+    options |= _read_torchvision_options(model)
+    if num_classes is not None:
+        state = model.state_dict()
+        model = _build_torchvision(name, options)
+        load_weights(model, state, str(weights), num_classes)
+    source = Source("torchvision", name, options, str(weights), _read_torchvision_preprocess(weights))
+    return Network(model, source)
+
+
+def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    import torchvision  # noqa: PLC0415
+
+    parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    if "weights_backbone" in parameters:
+        options = {"weights_backbone": None, **options}
+    if name in ("googlenet", "inception_v3"):
+        options = {"init_weights": False, **options}  # their own initialisation takes a minute, and warns
+    model: nn.Module = _fetch(lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}")
+    return model
+
+
+def _read_torchvision_options(model: nn.Module) -> dict[str, Any]:
+    """Read what torchvision's builders of GoogLeNet and Inception v3 change when they are given weights."""
+    return {key: vars(model)[key] for key in ("aux_logits", "transform_input") if isinstance(vars(model).get(key), bool)}
+
+
+def _read_torchvision_preprocess(weights: Any) -> dict[str, Any]:
+    preset = weights.transforms()
+    values = {key: vars(preset).get(key) for key in ("crop_size", "resize_size", "mean", "std")}
+    if None in values.values():
+        return {}  # not a classifier
+    values = {key: list(v) if isinstance(v, (list, tuple)) else v for key, v in values.items()}
+    return {"library": "torchvision", **values, "interpolation": preset.interpolation.value}
+
+
+def _open_factory(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: ARG001, FBT001
+    options = {} if num_classes is None else {"num_classes": num_classes}
+    return Network(_call_factory(name, options), Source("factory", name, options, weights="as the factory made them"))
+
+
+def _call_factory(name: str, options: dict[str, Any]) -> nn.Module:
+    module_name, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise SourceError(f"{module_name!r} cannot be imported for {name}: {error}; run where it can be found") from error
+    factory = getattr(module, attribute, None)
+    if factory is None:
+        near = difflib.get_close_matches(attribute, [n for n in vars(module) if callable(vars(module)[n])], n=5)
+        raise SourceError(f"{module_name} has no {attribute!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+    try:
+        model = factory if isinstance(factory, nn.Module) else factory(**options)
+    except Exception as error:
+        raise SourceError(f"{name}({_format_options(options)}) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{name} gave a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _format_options(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in options.items())
+
+
+def _fetch(create: Callable[[], Any], name: str) -> Any:
+    try:
+        with _offline_if_unreachable():
+            return create()
+    except OSError as error:  # what the hub and urllib raise without a network
+        raise SourceError(f"the weights of {name} could not be fetched ({_get_sentence(error)}); {_NO_NETWORK}") from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        sentence = _get_sentence(error)
+        hint = f"; {_NO_NETWORK}" if "pretrained" in sentence else ""
+        raise SourceError(f"{name} cannot be built: {sentence}{hint}") from error
+
+
+def _get_sentence(error: BaseException) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(". ")[0].rstrip(".")
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Let the hub's client go to its cache at once where the hub's name cannot be resolved, instead of retrying for 20 s."""
+    import huggingface_hub.constants as hub  # noqa: PLC0415
+
+    before = hub.HF_HUB_OFFLINE
+    if not before and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before

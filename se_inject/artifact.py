@@ -1,8 +1,8 @@
 """Artifacts: an injected network as a file of tensors and plain values.
 
-Takes an injected model, gives `model.pt` (a dict that `torch.load(..., weights_only=True)` reads) or `.safetensors`, and
-back. The network is built anew from its source, the plan is replayed, and the tensors are loaded strictly; no code comes
-from the file.
+Takes an injected model, gives `model.pt` (a dict that `torch.load(..., weights_only=True)` reads) or `.safetensors`,
+and back. The network is built anew from its source, the plan is replayed, and the tensors are loaded strictly; no code
+comes from the file.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     Args:
         model: From `inject` or `load`; wrappers (DDP, torch.compile) are seen through.
         path: `.pt`, `.pth` or `.safetensors`.
-        source: How the network is built. A network loaded by `load` knows; timm's networks are recognised, if they are as
+        source: How the network is built. A network loaded by `load` knows; timm's networks are recognised, if they are
+        as
             timm builds them. For others give `base=` to `load`.
 
     Raises:
@@ -74,7 +75,8 @@ def load(
 
     Args:
         path: What `save` wrote.
-        base: The original network, or a function that builds it, where the file does not say how (the user's own module).
+        base: The original network, or a function that builds it, where the file does not say how (the user's own
+        module).
             A given module is not changed.
         trust_source: Import and call the factory that the file names.
 
@@ -115,7 +117,9 @@ def read_artifact(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is no artifact of se-inject; a state dict is given with --weights, or torch.load")
     version = values.get("version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version}, this se-inject reads up to {FORMAT_VERSION}: upgrade it")
+        raise ArtifactError(
+            f"{path} has format version {version}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
+        )
     if not {"source", "plan", "state_dict"} <= set(values) or not isinstance(values["state_dict"], dict):
         raise ArtifactError(f"{path} is no whole artifact: it has {', '.join(map(str, values))}")
     return values
@@ -132,7 +136,9 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
     if wrong:
         names = ", ".join(wrong[:3])
-        raise ArtifactError(f"{path} is of another network: {len(wrong)} tensors differ in name or shape ({names}, ...)")
+        raise ArtifactError(
+            f"{path} is of another network: {len(wrong)} tensors differ in name or shape ({names}, ...)"
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
@@ -142,10 +148,11 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
 def _recognise_timm(model: nn.Module) -> Source | None:
     """Find timm's name for a network, and make sure that timm builds just this network by it."""
     config = getattr(model, "pretrained_cfg", None)
-    architecture = config.get("architecture") if isinstance(config, Mapping) else getattr(config, "architecture", None)
-    if not architecture:
+    if not isinstance(config, Mapping):
+        config = getattr(config, "__dict__", {})
+    if not config.get("architecture"):
         return None
-    name = ".".join(filter(None, (architecture, getattr(config, "tag", None) or config.get("tag"))))
+    name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
     options = getattr(model, "_model_args", None) or {}
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
         return None

@@ -91,7 +91,7 @@ class SqueezeExcite(nn.Module):
         # Under autocast the gate and a map can differ in dtype; without the cast the product would be promoted.
         if len(maps) == 1:
             return maps[0] * gate.to(maps[0].dtype)
-        gates = gate.split([x.shape[1] for x in maps], 1)
+        gates = torch.split(gate, [x.shape[1] for x in maps], 1)
         return tuple(x * g.to(x.dtype) for x, g in zip(maps, gates, strict=True))
 
     def extra_repr(self) -> str:

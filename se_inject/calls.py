@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten
 
 from se_inject.errors import PlanError, TraceError
 from se_inject.probe import Call, Twin, get_dtype
@@ -20,7 +21,10 @@ def encode_call(call: Call, dtype: torch.dtype) -> Any:
     Raises:
         TraceError: An argument is neither a tensor, a plain value, nor a container of these.
     """
-    return {"args": [_encode(x, dtype) for x in call.args], "kwargs": {k: _encode(v, dtype) for k, v in call.kwargs.items()}}
+    return {
+        "args": [_encode(x, dtype) for x in call.args],
+        "kwargs": {k: _encode(v, dtype) for k, v in call.kwargs.items()},
+    }
 
 
 def decode_call(values: Any, twin: Twin) -> Call:
@@ -35,7 +39,7 @@ def describe_form(call: Call) -> str:
     def describe(x: object) -> Any:
         return ("tensor", x.ndim, x.shape[1] if x.ndim > 1 else None, str(x.dtype)) if isinstance(x, Tensor) else x
 
-    leaves, spec = torch.utils._pytree.tree_flatten((call.args, call.kwargs))
+    leaves, spec = tree_flatten((call.args, call.kwargs))
     return repr(([describe(x) for x in leaves], spec))
 
 

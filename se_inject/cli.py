@@ -1,6 +1,7 @@
 """The command line: `se-inject MODEL --out model.pt`, and the other verbs.
 
-Each command takes its options, calls the stages and prints. Expected failures become one line on stderr and exit code 1.
+Each command takes its options, calls the stages and prints. Expected failures become one line on stderr and exit code
+1.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Retrofit squeeze-and-excitation blocks into trained CNNs. `se-inject MODEL` is short for `se-inject inject MODEL`.",
 )
 
 ModelName = Annotated[
@@ -53,24 +53,36 @@ ModelName = Annotated[
         "package.module:factory, or a file that se-inject wrote.",
     ),
 ]
-Weights = Annotated[Path | None, typer.Option("--weights", metavar="FILE", help="A state dict to load (.pt, .pth, .safetensors).")]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", metavar="FILE", help="A state dict to load (.pt, .pth, .safetensors).")
+]
 Pretrained = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's weights.")]
-NumClasses = Annotated[int | None, typer.Option("--num-classes", metavar="N", help="Replace the classifier by one for N classes.")]
+NumClasses = Annotated[
+    int | None, typer.Option("--num-classes", metavar="N", help="Replace the classifier by one for N classes.")
+]
 TrustSource = Annotated[bool, typer.Option("--trust-source", help="Import the factory that a file of ours names.")]
 Ratios = Annotated[
     list[str] | None,
-    typer.Option("--r", metavar="R|PATTERN=R", help="Reduction ratio for all blocks (16), or for some: 'layer4.*=32'. Repeatable."),
+    typer.Option(
+        "--r",
+        metavar="R|PATTERN=R",
+        help="Reduction ratio for all blocks (16), or for some: 'layer4.*=32'. Repeatable.",
+    ),
 ]
-Divisor = Annotated[int, typer.Option("--divisor", help="Hidden channels are rounded to a multiple of this; 1 is the paper's.")]
+Divisor = Annotated[
+    int, typer.Option("--divisor", help="Hidden channels are rounded to a multiple of this; 1 is the paper's.")
+]
 Bias = Annotated[bool, typer.Option("--bias/--no-bias", help="Biases in the blocks' layers.")]
-Include = Annotated[list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")
+]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these paths.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
 def show_version(*, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
-    """Retrofit squeeze-and-excitation blocks into trained CNNs; `se-inject MODEL` is short for `se-inject inject MODEL`."""
+    """Retrofit squeeze-and-excitation blocks into trained CNNs. `se-inject MODEL` is short for `inject MODEL`."""
     if version:
         console.stdout.out(f"se-inject {__version__}")
         raise typer.Exit
@@ -80,7 +92,9 @@ def show_version(*, version: Annotated[bool, typer.Option("--version", help="Sho
 def run_inject(
     model: ModelName,
     *,
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")] = Path("model.pt"),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")
+    ] = Path("model.pt"),
     r: Ratios = None,
     divisor: Divisor = 8,
     bias: Bias = True,
@@ -116,7 +130,9 @@ def run_inject(
         console.print_json({"out": str(out), **_describe_source(source), **console.describe_plan(plan, before, after)})
     else:
         growth = f"{before.parameters:,} -> {after.parameters:,} parameters"
-        console.stdout.out(f"{out}: {plan.model} with {len(plan.sites)} blocks, {growth}; the same outputs until it is trained")
+        console.stdout.out(
+            f"{out}: {plan.model} with {len(plan.sites)} blocks, {growth}; the same outputs until it is trained"
+        )
 
 
 @app.command("plan")
@@ -219,7 +235,9 @@ def _open(
 
     if Path(name).suffix in SUFFIXES and Path(name).is_file():
         if weights is not None or num_classes is not None:
-            raise OptionError(f"{name} holds its own weights and classifier; --weights and --num-classes go with a model name")
+            raise OptionError(
+                f"{name} holds its own weights and classifier; --weights and --num-classes go with a model name"
+            )
         model = load(name, trust_source=trust_source)
         source = get_source(model)
     else:
@@ -237,7 +255,9 @@ def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
         try:
             ratios[pattern or "*"] = float(number)
         except ValueError:
-            raise OptionError(f"--r is {value!r}; expected a number, as in 16, or PATTERN=NUMBER, as in 'layer4.*=32'") from None
+            raise OptionError(
+                f"--r is {value!r}; expected a number, as in 16, or PATTERN=NUMBER, as in 'layer4.*=32'"
+            ) from None
     return ratios
 
 

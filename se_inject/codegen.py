@@ -70,7 +70,9 @@ def _write_parameters(signature: inspect.Signature) -> str:
     for parameter in signature.parameters.values():
         default = parameter.default
         if default is not parameter.empty and not _is_plain(default):
-            raise TraceError(f"the default of its argument {parameter.name!r} is a {type(default).__name__}, not a plain value")
+            raise TraceError(
+                f"the default of its argument {parameter.name!r} is a {type(default).__name__}, not a plain value"
+            )
         parameters.append(parameter.replace(annotation=parameter.empty))
     return str(inspect.Signature(parameters))[1:-1]
 
@@ -240,11 +242,11 @@ def _get_loads(statement: ast.stmt) -> list[str]:
 
 
 def _choose_names(variables: Mapping[str, _Variable], reserved: set[str]) -> None:
-    """Name a variable after what its values have in common (`branch3x3` of `branch3x3_1` and `branch3x3_2`), else `out`."""
+    """Name a variable after what its values have in common, as `branch3x3` of `branch3x3_1` and `branch3x3_2`."""
     chosen: list[_Variable] = []
     for variable in {id(v): v for v in variables.values()}.values():
         if not variable.name:
-            prefix = os.path.commonprefix(variable.values)
+            prefix = os.path.commonprefix(variable.values)  # noqa: RUF071  of characters is what is meant
             prefix = prefix if prefix in variable.values else prefix.rstrip("_")
             base = prefix if len(prefix) >= _MIN_PREFIX and prefix.isidentifier() else "out"
             options = (base if i == 1 else f"{base}_{i}" for i in range(1, len(variables) + 2))

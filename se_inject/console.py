@@ -70,14 +70,16 @@ def _tabulate_sites(plan: Plan) -> Table:
     title = f"{plan.model}: {len(plan.sites)} blocks, {plan.num_parameters:,} parameters"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, _GAP - 1, 0, 0), pad_edge=False)
     for i, (name, width) in enumerate(zip(_COLUMNS, widths, strict=True)):
-        table.add_column(name, width=width, no_wrap=True, justify="right" if i > 3 else "left")  # noqa: PLR2004
+        table.add_column(name, width=width, no_wrap=True, justify="right" if i > 3 else "left")
     for row in rows:
         table.add_row(*map(escape, row))
     return table
 
 
 def _tabulate_passed_over(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=f"passed over: {len(plan.passed_over)} merges", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, title=f"passed over: {plan.count_reasons().total()} merges", title_justify="left"
+    )
     table.add_column("merges", justify="right")
     for name in ("kind", "where", "reason"):
         table.add_column(name, overflow="fold")

@@ -25,7 +25,8 @@ class Costs:
     Attributes:
         parameters: Number of parameters.
         size: Bytes of all parameters and buffers.
-        flops: Floating point operations for one image (two for a multiply-accumulate), as torch's FlopCounterMode counts
+        flops: Floating point operations for one image (two for a multiply-accumulate), as torch's FlopCounterMode
+        counts
             them: convolutions and matrix products.
     """
 
@@ -52,7 +53,7 @@ def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
         block = twin.model.get_submodule(path)
         block._parameters.clear()
         block._modules.clear()
-        block.forward = lambda *maps: maps if len(maps) > 1 else maps[0]  # type: ignore[method-assign]
+        block.forward = lambda *maps: maps if len(maps) > 1 else maps[0]
     return _count(twin.model, plan, twin), after
 
 
@@ -60,7 +61,7 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     twin = twin or make_twin(model)
     call = decode_call(plan.calls[Entry("").key], twin)
     num_images = next(x.shape[0] for x in tree_leaves(call.args) if isinstance(x, Tensor))
-    with FlopCounterMode(display=False) as counter, set_training(twin.model, False), twin.mode, torch.no_grad():  # noqa: FBT003
+    with FlopCounterMode(display=False) as counter, set_training(twin.model, False), twin.mode, torch.no_grad():
         twin.model(*call.args, **call.kwargs)
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),

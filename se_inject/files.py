@@ -62,7 +62,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str
     if path.suffix == SAFETENSORS:
         # Of tensors that share memory, as tied weights do, safetensors wants a copy each.
         data = safetensors.torch.save(
-            {key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
+            {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for key, tensor in tensors.items()
+            },
             metadata={_METADATA_KEY: json.dumps(values)},
         )
         write_whole(path, lambda file: file.write(data))
@@ -73,8 +76,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str
 def read_values(path: Path) -> dict[str, Any]:
     """Read a file of tensors as a dict; nothing in it is executed.
 
-    A `.safetensors` file gives its tensors under "state_dict", and beside them the plain values that `write_tensors` put
-    into its metadata.
+    A `.safetensors` file gives its tensors under "state_dict", and beside them the plain values that `write_tensors`
+    put into its metadata.
 
     Raises:
         ArtifactError: There is no such file, it is cut short, holds code, or is of another kind.
@@ -91,7 +94,15 @@ def read_values(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         line = str(error).splitlines()[0]
         raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {line}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, zipfile.BadZipFile, safetensors.SafetensorError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        KeyError,
+        OSError,
+        zipfile.BadZipFile,
+        safetensors.SafetensorError,
+    ) as error:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {line}") from error
     if not isinstance(content, dict):
@@ -111,7 +122,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             values = values[key]
             break
     if not values or not all(isinstance(value, Tensor) for value in values.values()):
-        raise ArtifactError(f"{path} holds no state dict: neither itself nor its 'state_dict' or 'model' maps names to tensors")
+        raise ArtifactError(
+            f"{path} holds no state dict: neither itself nor its 'state_dict' or 'model' maps names to tensors"
+        )
     for prefix in ("_orig_mod.", "module."):
         if all(key.startswith(prefix) for key in values):
             values = {key.removeprefix(prefix): value for key, value in values.items()}
@@ -128,7 +141,9 @@ def check_target(path: Path) -> None:
     if not path.parent.is_dir():
         raise ArtifactError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ArtifactError(f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'no right to write there'}")
+        raise ArtifactError(
+            f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'no right to write there'}"
+        )
 
 
 def check_suffix(path: Path) -> None:

@@ -43,14 +43,14 @@ def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[
     preprocess = dict(source.preprocess) if source is not None else {}
     library = preprocess.pop("library", None)
     if library == "torchvision":
-        from torchvision.transforms import InterpolationMode  # noqa: PLC0415
-        from torchvision.transforms._presets import ImageClassification  # noqa: PLC0415
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms._presets import ImageClassification
 
         preprocess["interpolation"] = InterpolationMode(preprocess["interpolation"])
         preset: Callable[[Image.Image], Tensor] = ImageClassification(**preprocess)
         return lambda image: preset(image.convert("RGB"))
 
-    from timm.data import create_transform  # noqa: PLC0415
+    from timm.data import create_transform
 
     if library is None:
         size = _read_size(plan)
@@ -83,15 +83,19 @@ def predict_image(
         with Image.open(path) as image:
             pixels = transform(image)
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "it is no image that Pillow can read" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None) or error
+        reason = (
+            "it is no image that Pillow can read"
+            if isinstance(error, UnidentifiedImageError)
+            else getattr(error, "strerror", None) or error
+        )
         raise ExampleError(f"{path} cannot be read: {reason}") from error
-    with set_training(model, False), torch.no_grad():  # noqa: FBT003
+    with set_training(model, False), torch.no_grad():
         try:
             scores = model(pixels.unsqueeze(0).to(get_device(model), get_dtype(model)))
         except (RuntimeError, TypeError, ValueError) as error:
             line = str(error).splitlines()[0]
             raise ExampleError(f"the network does not run on {path} as {tuple(pixels.shape)}: {line}") from error
-    if not isinstance(scores, Tensor) or scores.ndim != 2:  # noqa: PLR2004
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise ExampleError("the network gives no scores (N, classes); predict is for classifiers")
     probabilities, indices = scores[0].float().softmax(0).topk(min(top_k, scores.shape[1]))
     names = get_class_names(scores.shape[1])
@@ -103,7 +107,7 @@ def predict_image(
 
 def get_class_names(num_classes: int) -> Callable[[int], str]:
     """Return the function that names a class: ImageNet's names, carried by timm, where the number of classes fits."""
-    from timm.data import ImageNetInfo, infer_imagenet_subset  # noqa: PLC0415
+    from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None:
@@ -116,4 +120,4 @@ def _read_size(plan: Plan | None) -> tuple[int, int, int]:
     call: Mapping[str, Any] = plan.calls.get(Entry("").key, {}) if plan is not None else {}
     first = next(iter(call.get("args", [])), None)
     shape = first.get("tensor", []) if isinstance(first, Mapping) else []
-    return tuple(shape[1:]) if len(shape) == 4 else _DEFAULT_SIZE  # type: ignore[return-value]  # noqa: PLR2004
+    return tuple(shape[1:]) if len(shape) == 4 else _DEFAULT_SIZE

@@ -1,7 +1,7 @@
 """Merges: find where feature maps meet in a traced graph, and the branches that could be gated.
 
-Takes a `Trace`, gives its merges, each classified and either free to receive a block or with the reason why not. Changes
-nothing.
+Takes a `Trace`, gives its merges, each classified and either free to receive a block or with the reason why not.
+Changes nothing.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def find_merges(trace: Trace) -> list[Merge]:
 def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found]) -> Merge:
     """Pass over a concatenation on the branch of a residual block: the branch is gated once, at its end."""
     for later, other in zip(merges, found, strict=True):
-        closes_same_fork = other.fork is this.fork is not None and this.node in _get_ancestors(other.node) - {other.node}
+        closes_same_fork = other.fork is this.fork is not None and this.node in _get_ancestors(other.node) - {
+            other.node
+        }
         if merge.kind == "concat" and later.kind == "residual" and not later.reason and closes_same_fork:
             return replace(merge, reason=f"it lies on the branch of `{later.code}`, which is gated")
     return merge
@@ -165,7 +167,9 @@ def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: i
 
 
 def _is_merge(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and len(node.meta["work"].merges) == 1 and bool(_get_operands(node))
+    return (
+        node.op in ("call_function", "call_method") and len(node.meta["work"].merges) == 1 and bool(_get_operands(node))
+    )
 
 
 def _is_concat(node: fx.Node) -> bool:
@@ -230,7 +234,9 @@ def _classify_concat(operands: list[fx.Node]) -> _Verdict:
     computed = tuple(x for x in operands if _count(_get_ancestors(x), "layers"))
     from_list = any(_comes_from_list(x) for x in operands)
     if not computed and from_list:
-        return _Verdict("concat", reason="it joins a list that it is handed; those features are merged again by its parent")
+        return _Verdict(
+            "concat", reason="it joins a list that it is handed; those features are merged again by its parent"
+        )
     branches = computed or tuple(operands)
     common = set.intersection(*(_get_ancestors(x) for x in operands))
     attention = next(filter(None, (_find_attention(_get_ancestors(x) - common) for x in computed)), "")
@@ -282,8 +288,11 @@ def _find_attention(nodes: set[fx.Node]) -> str:
 
 
 def _comes_from_list(node: fx.Node) -> bool:
-    return node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].op == "placeholder" and (
-        not isinstance(node.args[0].meta["value"], Tensor)
+    return (
+        node.target is operator.getitem
+        and isinstance(node.args[0], fx.Node)
+        and node.args[0].op == "placeholder"
+        and (not isinstance(node.args[0].meta["value"], Tensor))
     )
 
 
@@ -309,7 +318,9 @@ def _get_scaled(node: fx.Node) -> fx.Node | None:
     work = node.meta["work"]
     if node.op not in ("call_module", "call_function", "call_method") or not work.names <= _SCALINGS or work.attentions:
         return None
-    maps = [n for n in node.all_input_nodes if is_map(n.meta["value"]) and n.meta["value"].shape == node.meta["value"].shape]
+    maps = [
+        n for n in node.all_input_nodes if is_map(n.meta["value"]) and n.meta["value"].shape == node.meta["value"].shape
+    ]
     rest = [n for n in node.all_input_nodes if n not in maps]
     return maps[0] if len(maps) == 1 and all(map(_is_scale, rest)) else None
 

@@ -1,7 +1,7 @@
 """What a piece of a network executes, seen from torch's function calls.
 
-`Watch` is a mode under which real or fake tensors run; it counts layers and notes merges and channel attention. The probe
-and the tracer both look through it, so that a merge is the same thing at run time and in a traced graph.
+`Watch` is a mode under which real or fake tensors run; it counts layers and notes merges and channel attention. The
+probe and the tracer both look through it, so that a merge is the same thing at run time and in a traced graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 MergeKind = Literal["sum", "concat"]
 
@@ -149,7 +150,7 @@ def _note_layout(name: str, args: tuple[Any, ...], result: Tensor) -> None:
 
 
 def _follow_permutation(name: str, dims: tuple[Any, ...], channel_dim: int, ndim: int) -> int:
-    flat: list[int] = list(torch.utils._pytree.tree_leaves(dims))
+    flat: list[int] = list(tree_leaves(dims))
     axes = torch.empty((1,) * ndim, device="meta")  # a permutation of sizes shows where each axis goes
     axes = axes.expand([i + 2 for i in range(ndim)])
     try:

@@ -1,7 +1,7 @@
 """The plan: which merges receive a block, and why the others do not.
 
-Frozen dataclasses that are JSON both ways. A plan is what the user looks at before anything is cut, and what is replayed
-when an artifact is loaded. `planner` makes them.
+Frozen dataclasses that are JSON both ways. A plan is what the user looks at before anything is cut, and what is
+replayed when an artifact is loaded. `planner` makes them.
 """
 
 from __future__ import annotations
@@ -129,16 +129,18 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            version = values.pop("version")
-            if version > PLAN_VERSION:
-                raise PlanError(f"the plan has format version {version}, this se-inject reads up to {PLAN_VERSION}: upgrade it")
+            version = int(values.pop("version"))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise PlanError(f"not a plan of se-inject: {error!r}; write one with plan.to_json()") from error
+        if version > PLAN_VERSION:
+            raise PlanError(f"the plan has version {version}, this se-inject reads up to {PLAN_VERSION}: upgrade it")
+        try:
             sites = tuple(_read(Site, site) for site in values.pop("sites"))
             passed = tuple(_read(PassedOver, item) for item in values.pop("passed_over"))
-            return _read(cls, {**values, "sites": sites, "passed_over": passed})
+            plan: Plan = _read(cls, {**values, "sites": sites, "passed_over": passed})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if isinstance(error, PlanError):
-                raise
             raise PlanError(f"not a plan of se-inject: {error!r}; write one with plan.to_json()") from error
+        return plan
 
     def __str__(self) -> str:
         """Show the plan as text, one line a site."""
@@ -152,12 +154,15 @@ class Plan:
 
     def count_reasons(self) -> Counter[tuple[str, str]]:
         """Count the merges that were passed over, by kind and reason."""
-        return Counter((item.kind, item.reason) for item in self.passed_over)
+        counts: Counter[tuple[str, str]] = Counter()
+        for item in self.passed_over:
+            counts[item.kind, item.reason] += item.num_merges
+        return counts
 
 
 def _read(cls: type, values: Mapping[str, Any]) -> Any:
     names = {field.name for field in fields(cls)}
     unknown = set(values) - names
     if unknown:
-        raise PlanError(f"not a plan of se-inject: {cls.__name__} has no {', '.join(sorted(unknown))}")
+        raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

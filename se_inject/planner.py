@@ -1,7 +1,7 @@
 """Planning: decide which merges receive a block.
 
-Takes a model and the options, or a plan to be replayed, gives a `Survey`: the plan and the traced code of every owner in
-it. Everything that can fail fails here or in the code generation, before a model is changed.
+Takes a model and the options, or a plan to be replayed, gives a `Survey`: the plan and the traced code of every owner
+in it. Everything that can fail fails here or in the code generation, before a model is changed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +19,7 @@ from se_inject.calls import decode_call, describe_form, encode_call
 from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
 from se_inject.merges import Inspection, Merge, inspect_entry
 from se_inject.plan import DEFAULT_R, PassedOver, Placement, Plan, Site
-from se_inject.probe import Entry, Probe, Twin, Visit, check_model, get_dtype, make_twin, probe_model
+from se_inject.probe import Call, Entry, Probe, Twin, Visit, check_model, get_dtype, make_twin, probe_model
 
 
 @dataclass(frozen=True)
@@ -180,15 +179,20 @@ def _inspect(probe: Probe, entry: Entry, visit: Visit) -> tuple[Inspection | Non
     inspection = None
     reason = "it runs inside a function that torch.fx records as one operation"
     try:
-        if len({describe_form(call) for call in visit.calls}) > 1:
-            raise TraceError("its owner is called with different arguments at different times")
-        encode_call(visit.calls[0], torch.float32)
-        inspection = inspect_entry(probe.twin, entry, visit.calls[0])
+        inspection = inspect_entry(probe.twin, entry, _get_only_call(visit))
         for merge in inspection.merges:
             ran["concat" if merge.kind == "concat" else "sum"] -= len(merge.operations) * len(visit.calls)
     except TraceError as error:
         reason = str(error)
     return inspection, [PassedOver(entry.path, entry.method, kind, "", reason, n) for kind, n in ran.items() if n > 0]
+
+
+def _get_only_call(visit: Visit) -> Call:
+    """Return an entry's call, if its calls are alike and a plan can record them."""
+    if len({describe_form(call) for call in visit.calls}) > 1:
+        raise TraceError("its owner is called with different arguments at different times")
+    encode_call(visit.calls[0], torch.float32)
+    return visit.calls[0]
 
 
 def _make_site(merge: Merge, name: str, num_merges: int) -> Site:
@@ -224,11 +228,12 @@ def _filter(
 ) -> tuple[list[Site], list[PassedOver]]:
     for pattern in (*include, *exclude):
         _check_pattern(pattern, sites)
-    kept, dropped = [], []
+    kept: list[Site] = []
+    dropped: list[PassedOver] = []
     for site in sites:
-        pattern = next((p for p in exclude if _matches(site, p)), None)
-        if pattern is not None:
-            reason = f"excluded by {pattern!r}"
+        excluding = [p for p in exclude if _matches(site, p)]
+        if excluding:
+            reason = f"excluded by {excluding[0]!r}"
         elif include and not any(_matches(site, p) for p in include):
             reason = "not included by " + ", ".join(map(repr, include))
         else:
@@ -241,7 +246,9 @@ def _filter(
 def _check_pattern(pattern: str, sites: list[Site]) -> None:
     if sites and not any(_matches(site, pattern) for site in sites):
         known = ", ".join(site.owner or "(root)" for site in sites[:3])
-        raise OptionError(f"the pattern {pattern!r} matches none of the {len(sites)} sites ({known}, ...); give a path with * and ?")
+        raise OptionError(
+            f"the pattern {pattern!r} matches none of the {len(sites)} sites ({known}, ...); give a path with * and ?"
+        )
 
 
 def _read_ratios(r: float | Mapping[str, float]) -> dict[str, float]:
@@ -253,7 +260,7 @@ def _read_ratios(r: float | Mapping[str, float]) -> dict[str, float]:
     return ratios
 
 
-def _set_ratios(sites: list[Site], ratios: Mapping[str, float], divisor: int) -> list[Site]:
+def _set_ratios(sites: list[Site], ratios: dict[str, float], divisor: int) -> list[Site]:
     for pattern in ratios:
         if pattern != "*":
             _check_pattern(pattern, sites)
@@ -261,7 +268,9 @@ def _set_ratios(sites: list[Site], ratios: Mapping[str, float], divisor: int) ->
     for site in sites:
         r = next((ratios[p] for p in reversed(ratios) if _matches(site, p)), DEFAULT_R)
         if r > site.channels:
-            raise OptionError(f"r is {r:g}, but {site.path} has {site.channels} channels; r must not be above the channels")
+            raise OptionError(
+                f"r is {r:g}, but {site.path} has {site.channels} channels; r must not be above the channels"
+            )
         chosen.append(replace(site, r=r, hidden=count_hidden(site.channels, r, divisor=divisor)))
     return chosen
 
@@ -269,8 +278,8 @@ def _set_ratios(sites: list[Site], ratios: Mapping[str, float], divisor: int) ->
 def _explain_empty(plan: Plan) -> str:
     if not plan.passed_over:
         return (
-            f"{plan.model} has no merge: no residual addition or channel concatenation of feature maps (N, C, H, W) ran, "
-            f"so there is no place for a block"
+            f"{plan.model} has no merge: no residual addition or channel concatenation of feature maps (N, C, H, W) "
+            f"ran, so there is no place for a block"
         )
     reasons = "; ".join(f"{num} x {kind}: {reason}" for (kind, reason), num in plan.count_reasons().items())
     return f"{plan.model} has no merge that can receive a block: {reasons}"

@@ -8,7 +8,8 @@ in memory.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ExampleError, ModelError
@@ -147,7 +148,8 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
 
     Args:
         model: The network; it is neither run nor changed.
-        example: An input (N, C, H, W), a tuple of positional arguments, or None to find one: from the configuration that
+        example: An input (N, C, H, W), a tuple of positional arguments, or None to find one: from the configuration
+        that
             timm's networks carry, or by trying usual sizes.
 
     Raises:
@@ -157,21 +159,22 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     check_model(model)
     twin = make_twin(model)
     tries = [_fake_example(twin, example)] if example is not None else list(_propose_examples(twin))
-    failures = []
+    failures: list[tuple[tuple[Any, ...], Exception]] = []
     for args in tries:
         visits: dict[Entry, Visit] = {}
         try:
             _run(twin, args, visits, training=False)
-        except Exception as error:  # noqa: BLE001  any error of the user's forward means: not this input
+        except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
             failures.append((args, error))
             continue
         _visit_training(twin, args, visits)
         return Probe(twin, visits, args)
-    args, error = failures[0] if failures else ((), ValueError("it has no convolution whose channels could be read"))
-    raise ExampleError(
-        f"{type(model).__name__} does not run on an input of {_describe(args)}: {_first_line(error)}; "
-        f"give example= with the shape that it is trained on"
-    ) from error
+    hint = "give example= with the shape that it is trained on"
+    if not failures:
+        raise ExampleError(f"{type(model).__name__} has no 2-D convolution to tell its input channels; {hint}")
+    first, reason = failures[0]
+    message = f"{type(model).__name__} does not run on an input of {_describe(first)}: {_first_line(reason)}; {hint}"
+    raise ExampleError(message) from reason
 
 
 def _visit_training(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit]) -> None:
@@ -187,20 +190,21 @@ def _visit_training(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit
 
 
 def _run(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit], *, training: bool) -> None:
-    stack: list[Entry] = []
-
-    def note_merge(merge: MergeCall) -> None:
-        if stack:
-            visits[stack[-1]].merges.append(merge)
-
-    with _recorded(twin, visits, stack), set_training(twin.model, training), twin.mode, torch.no_grad():
-        fresh = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, args)  # the network may write on its input
-        with Watch(note_merge):
-            twin.model(*fresh)
+    recorder = _Recorder(visits)
+    recorder.attach(twin.model)
+    try:
+        with set_training(twin.model, training), twin.mode, torch.no_grad():
+            fresh = tree_map(
+                lambda x: x.clone() if isinstance(x, Tensor) else x, args
+            )  # a network may write on its input
+            with Watch(recorder.note_merge):
+                twin.model(*fresh)
+    finally:
+        recorder.detach()
 
 
 @contextmanager
-def set_training(model: nn.Module, training: bool) -> Iterator[None]:
+def set_training(model: nn.Module, training: bool) -> Iterator[None]:  # noqa: FBT001
     """Put a whole model in train or eval mode, and every module back as it was afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     model.train(training)
@@ -211,50 +215,53 @@ def set_training(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = flag
 
 
-@contextmanager
-def _recorded(twin: Twin, visits: dict[Entry, Visit], stack: list[Entry]) -> Iterator[None]:
-    handles = []
-    wrapped = []
+class _Recorder:
+    """Hooks on a twin that note each call, with the entry that is being executed on top of a stack."""
 
-    def enter(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stack.append(entry)
+    def __init__(self, visits: dict[Entry, Visit]) -> None:
+        self._visits = visits
+        self._stack: list[Entry] = []
+        self._undo: list[Callable[[], object]] = []
+
+    def attach(self, model: nn.Module) -> None:
+        for path, module in model.named_modules():
+            before = functools.partial(self._enter_module, Entry(path))
+            self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            self._undo.append(module.register_forward_hook(self._leave, always_call=True).remove)
+            for method in METHODS[1:]:
+                if callable(getattr(type(module), method, None)):
+                    self._wrap(module, Entry(path, method))
+
+    def detach(self) -> None:
+        for undo in self._undo:
+            undo()
+
+    def note_merge(self, merge: MergeCall) -> None:
+        self._visits[self._stack[-1]].merges.append(merge)
+
+    def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stack.append(entry)
         call = Call(*tree_map(lambda x: x, (args, kwargs)))  # containers are copied: a network may change them
-        visits.setdefault(entry, Visit()).calls.append(call)
+        self._visits.setdefault(entry, Visit()).calls.append(call)
 
-    def record_method(module: nn.Module, entry: Entry) -> None:
+    def _enter_module(self, entry: Entry, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(entry, args, kwargs)
+
+    def _leave(self, *_: object) -> None:
+        self._stack.pop()
+
+    def _wrap(self, module: nn.Module, entry: Entry) -> None:
         method = getattr(module, entry.method)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            enter(entry, args, kwargs)
+            self._enter(entry, args, kwargs)
             try:
                 return method(*args, **kwargs)
             finally:
-                stack.pop()
+                self._leave()
 
         setattr(module, entry.method, run)
-        wrapped.append((module, entry.method))
-
-    for path, module in twin.model.named_modules():
-        entry = Entry(path)
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry = entry) -> None:
-            enter(entry, args, kwargs)
-
-        def after(*_: object) -> None:
-            stack.pop()
-
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, always_call=True))
-        for method in METHODS[1:]:
-            if callable(getattr(type(module), method, None)):
-                record_method(module, Entry(path, method))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, method in wrapped:
-            delattr(module, method)
+        self._undo.append(lambda: delattr(module, entry.method))
 
 
 def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -265,10 +272,10 @@ def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 def _fake_example(twin: Twin, example: object) -> tuple[Any, ...]:
     args = example if isinstance(example, tuple) else (example,)
-    leaves = torch.utils._pytree.tree_leaves(args)
+    leaves = tree_leaves(args)
     if not any(isinstance(x, Tensor) for x in leaves):
         raise ExampleError(
-            f"example= holds no tensor but {type(example).__name__}; give an input (N, C, H, W), or a tuple of arguments"
+            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W), or a tuple of arguments"
         )
 
     def fake(x: object) -> object:
@@ -295,7 +302,7 @@ def _propose_examples(twin: Twin) -> Iterator[tuple[Tensor]]:
 
 
 def _describe(args: tuple[Any, ...]) -> str:
-    shapes = [tuple(x.shape) for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)]
+    shapes = [tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)]
     return "shape " + ", ".join(map(str, shapes)) if shapes else "any usual size"
 
 

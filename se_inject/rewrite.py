@@ -1,8 +1,8 @@
 """Rewriting: put the blocks of a plan into a model. The only stage that changes one.
 
 Takes a model and a plan, gives the model with its blocks: each owner becomes an instance of a generated subclass whose
-method runs the blocks. Class, attributes, hooks and every state-dict key stay; the only new keys are the blocks'. Either
-all blocks go in, or the model is as it was.
+method runs the blocks. Class, attributes, hooks and every state-dict key stay; the only new keys are the blocks'.
+Either all blocks go in, or the model is as it was.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def get_plan(model: nn.Module) -> Plan:
 
 def get_base(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a generated class was derived from; any other class is returned as it is."""
-    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined, no-any-return]
+    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -149,7 +149,7 @@ class _Surgery:
             vars(owner).pop(name, None)  # timm's networks have `se = None`
             owner.add_module(name, block.train(owner.training))
         if self.graph is not None:
-            cast(fx.GraphModule, owner).graph = self.graph
+            cast("fx.GraphModule", owner).graph = self.graph
             return
         for method in self.methods:
             vars(owner).pop(method, None)  # a method that was chosen for the instance would shadow the class's
@@ -181,7 +181,9 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
 def _make_block(site: Site, plan: Plan, model: nn.Module) -> SqueezeExcite:
     owner = model.get_submodule(site.owner)
     if getattr(owner, site.name, None) is not None or not site.name.isidentifier():
-        raise PlanError(f"{type(owner).__name__} at {site.owner!r} has no room for an attribute {site.name!r}; make a new plan")
+        raise PlanError(
+            f"{type(owner).__name__} at {site.owner!r} has no room for an attribute {site.name!r}; make a new plan"
+        )
     home = owner if any(p.is_floating_point() for p in owner.parameters()) else model
     return SqueezeExcite(
         site.channels, site.r, divisor=plan.divisor, bias=plan.bias, device=get_device(home), dtype=get_dtype(home)
@@ -242,7 +244,9 @@ def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[st
     """Make the class of a source text; the same text over the same base gives the same class."""
     key = (base, source, *sorted((name, id(value)) for name, value in names.items()))
     if key not in _classes:
-        digest = hashlib.sha256(repr((base.__module__, base.__qualname__, len(_classes), source)).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr((base.__module__, base.__qualname__, len(_classes), source)).encode()).hexdigest()[
+            :8
+        ]
         module = types.ModuleType(f"{_GENERATED}.{name}_{digest}")
         module.__file__ = f"<{module.__name__}>"
         vars(module).update(names)
@@ -259,21 +263,20 @@ def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[st
 
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickle an instance of a generated class: the class is made anew from its base and its source."""
-    base, name, source, names = type(self)._se_inject_code  # type: ignore[attr-defined]
-    constructor, args, *rest = super(type(self), self).__reduce_ex__(protocol)
-    imported = {key: value for key, value in names.items() if not isinstance(value, types.ModuleType)}
+    cls: type[nn.Module] = next(c for c in type(self).__mro__ if "_se_inject_code" in vars(c))
+    reduced: Any = super(cls, self).__reduce_ex__(protocol)
+    if type(self) is not cls:
+        return reduced  # an instance of somebody's subclass, pickled like any other
+    constructor, args, *rest = reduced
+    if args[:1] != (cls,):
+        raise TypeError(f"{cls.__name__} cannot be pickled: {get_base(cls).__name__} defines a __reduce__ of its own")
+    base, name, source, names = cls._se_inject_code  # type: ignore[attr-defined]
     modules = {key: value.__name__ for key, value in names.items() if isinstance(value, types.ModuleType)}
-    return (_restore, (base, name, source, imported, modules, constructor, args[1:]), *rest)
+    others = {key: value for key, value in names.items() if key not in modules}
+    return (_restore, ((base, name, source, others, modules), constructor, *args[1:]), *rest)
 
 
-def _restore(
-    base: type[nn.Module],
-    name: str,
-    source: str,
-    names: Mapping[str, object],
-    modules: Mapping[str, str],
-    constructor: Any,
-    args: tuple[Any, ...],
-) -> Any:
+def _restore(code: tuple[Any, ...], constructor: Any, *args: object) -> Any:
+    base, name, source, names, modules = code
     imported = {key: importlib.import_module(module) for key, module in modules.items()}
     return constructor(_make_class(base, name, source, {**names, **imported}), *args)

@@ -1,7 +1,7 @@
 """Sources: find the network that a name means, build it, and fetch its weights.
 
-Takes names (`resnet50`, `torchvision:resnet50`, `hf-hub:...`, `package.module:factory`), gives the network and a `Source`
-that says how to build it again. timm and torchvision do the work.
+Takes names (`resnet50`, `torchvision:resnet50`, `hf-hub:...`, `package.module:factory`), gives the network and a
+`Source` that says how to build it again. timm and torchvision do the work.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def open_network(
     """Build the network that a name means, with weights.
 
     Args:
-        name: `resnet50` (timm's if there is one, else torchvision's), `timm:NAME`, `torchvision:NAME`, `hf-hub:USER/NAME` or
+        name: `resnet50` (timm's if there is one, else torchvision's), `timm:NAME`, `torchvision:NAME`,
+        `hf-hub:USER/NAME` or
             `package.module:factory`, with the working directory importable.
         pretrained: Fetch the library's default weights; a factory's network comes as it is.
         weights: A state dict to load instead.
@@ -110,8 +111,8 @@ def resolve_name(name: str) -> tuple[Library, str]:
     Raises:
         SourceError: No library has it; the message lists the nearest names.
     """
-    import timm  # noqa: PLC0415  takes seconds
-    import torchvision  # noqa: PLC0415
+    import timm
+    import torchvision
 
     head, colon, tail = name.partition(":")
     if head in ("hf-hub", "local-dir"):
@@ -146,7 +147,7 @@ def build_skeleton(source: Source, *, trust_source: bool = False) -> nn.Module:
     if source.library == "factory":
         if not trust_source:
             raise SourceError(
-                f"the network is built by {source.name}, which is code: give load(..., base={source.name.partition(':')[2]}), "
+                f"the network is built by {source.name}, which is code: give load(..., base=) the network or factory, "
                 f"or trust_source=True (--trust-source) if you know it"
             )
         return _call_factory(source.name, dict(source.options))
@@ -165,12 +166,14 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num
     other = [key for key in state if key in own and own[key].shape != state[key].shape]
     if num_classes is not None:
         other = [key for key in other if own[key].shape[:1] != (num_classes,)]
-        state = {key: own[key] if key in own and own[key].shape != value.shape else value for key, value in state.items()}
+        state = {
+            key: own[key] if key in own and own[key].shape != value.shape else value for key, value in state.items()
+        }
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
     if missing or unexpected or other:
         found = [
-            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"  # noqa: PLR2004
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
             for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", other))
             if keys
         ]
@@ -180,7 +183,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num
 
 
 def _open_timm(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
-    import timm  # noqa: PLC0415
+    import timm
 
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     model = _fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
@@ -193,21 +196,21 @@ def _open_timm(name: str, pretrained: bool, num_classes: int | None) -> Network:
 
 
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
-    import timm  # noqa: PLC0415
+    import timm
 
     model: nn.Module = _fetch(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
     return model
 
 
 def _read_timm_preprocess(model: nn.Module) -> dict[str, Any]:
-    import timm.data  # noqa: PLC0415
+    import timm.data
 
     config = timm.data.resolve_model_data_config(model)
     return {"library": "timm", **{key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}}
 
 
 def _open_torchvision(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
-    import torchvision  # noqa: PLC0415
+    import torchvision
 
     weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
@@ -225,20 +228,24 @@ def _open_torchvision(name: str, pretrained: bool, num_classes: int | None) -> N
 
 
 def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
-    import torchvision  # noqa: PLC0415
+    import torchvision
 
     parameters = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     if "weights_backbone" in parameters:
         options = {"weights_backbone": None, **options}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False, **options}  # their own initialisation takes a minute, and warns
-    model: nn.Module = _fetch(lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}")
+    model: nn.Module = _fetch(
+        lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}"
+    )
     return model
 
 
 def _read_torchvision_options(model: nn.Module) -> dict[str, Any]:
     """Read what torchvision's builders of GoogLeNet and Inception v3 change when they are given weights."""
-    return {key: vars(model)[key] for key in ("aux_logits", "transform_input") if isinstance(vars(model).get(key), bool)}
+    return {
+        key: vars(model)[key] for key in ("aux_logits", "transform_input") if isinstance(vars(model).get(key), bool)
+    }
 
 
 def _read_torchvision_preprocess(weights: Any) -> dict[str, Any]:
@@ -262,11 +269,15 @@ def _call_factory(name: str, options: dict[str, Any]) -> nn.Module:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise SourceError(f"{module_name!r} cannot be imported for {name}: {error}; run where it can be found") from error
+        raise SourceError(
+            f"{module_name!r} cannot be imported for {name}: {error}; run where it can be found"
+        ) from error
     factory = getattr(module, attribute, None)
     if factory is None:
         near = difflib.get_close_matches(attribute, [n for n in vars(module) if callable(vars(module)[n])], n=5)
-        raise SourceError(f"{module_name} has no {attribute!r}" + (f"; the nearest are {', '.join(near)}" if near else ""))
+        raise SourceError(
+            f"{module_name} has no {attribute!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
+        )
     try:
         model = factory if isinstance(factory, nn.Module) else factory(**options)
     except Exception as error:
@@ -285,7 +296,9 @@ def _fetch(create: Callable[[], Any], name: str) -> Any:
         with _offline_if_unreachable():
             return create()
     except OSError as error:  # what the hub and urllib raise without a network
-        raise SourceError(f"the weights of {name} could not be fetched ({_get_sentence(error)}); {_NO_NETWORK}") from error
+        raise SourceError(
+            f"the weights of {name} could not be fetched ({_get_sentence(error)}); {_NO_NETWORK}"
+        ) from error
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         sentence = _get_sentence(error)
         hint = f"; {_NO_NETWORK}" if "pretrained" in sentence else ""
@@ -299,8 +312,8 @@ def _get_sentence(error: BaseException) -> str:
 
 @contextmanager
 def _offline_if_unreachable() -> Iterator[None]:
-    """Let the hub's client go to its cache at once where the hub's name cannot be resolved, instead of retrying for 20 s."""
-    import huggingface_hub.constants as hub  # noqa: PLC0415
+    """Where the hub's name cannot be resolved, let its client go to the cache at once instead of retrying for 20 s."""
+    import huggingface_hub.constants as hub
 
     before = hub.HF_HUB_OFFLINE
     if not before and not urllib.request.getproxies():

@@ -1,7 +1,7 @@
 """Tracing: turn the forward of one module into a small torch.fx graph.
 
-Takes a module of the fake twin and a call that the probe recorded, gives a graph in which every child is a leaf and every
-node carries the value (a fake tensor) and the work (layers, merges) that it stood for. Never changes a model.
+Takes a module of the fake twin and a call that the probe recorded, gives a graph in which every child is a leaf and
+every node carries the value (a fake tensor) and the work (layers, merges) that it stood for. Never changes a model.
 """
 
 from __future__ import annotations
@@ -80,8 +80,10 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
 class _ValueProxy(fx.Proxy):
     """A proxy that knows the value it stands for, so that code which asks for types, lengths or truth goes on."""
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    tracer: _ShallowTracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         node = vars(self).get("node")  # an attribute has its node made when it is first used
         return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else _ValueProxy
 
@@ -140,7 +142,7 @@ class _ShallowTracer(fx.Tracer):
         self._call = call
         self._executing = False
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -167,7 +169,7 @@ class _ShallowTracer(fx.Tracer):
             self._execute(proxy.node)
         return proxy
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+    def create_args_for_root(self, root_fn: Any, is_module: Any, concrete_args: Any = None) -> Any:  # noqa: ARG002
         method = getattr(self.root, self.traced_func_name)
         self.signature = inspect.signature(method)
         bound = self.signature.bind(*self._call.args, **self._call.kwargs)
@@ -177,7 +179,7 @@ class _ShallowTracer(fx.Tracer):
         # Where the code hands `self.training` on, as in `dropout(x, p, self.training)`, the graph does the same.
         vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
 
-        def run(root: nn.Module) -> Any:
+        def run(_: nn.Module) -> Any:
             return method(*bound.args, **bound.kwargs)
 
         return run, [self.root]
@@ -299,7 +301,7 @@ def _same(left: Any, right: Any) -> bool:
 
 
 def _reads_shape(node: fx.Node) -> bool:
-    """Tell whether a value follows from the batch size or the spatial size of a tensor; the number of channels is fixed."""
+    """Tell whether a value follows from the batch or spatial size of a tensor; the number of channels is fixed."""
     if _is_shape(node):
         return not (node.op == "call_method" and node.args[1:] == (1,))
     if isinstance(node.meta["value"], Tensor):
@@ -334,6 +336,8 @@ def _drop_unused(graph: fx.Graph) -> None:
     asked = {getattr, operator.getitem, *(getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "mod"))}
     methods = _SHAPE_READS | {"dim", "ndimension", "is_floating_point"}
     for node in reversed(list(graph.nodes)):
-        harmless = node.target in asked or node.op == "get_attr" or (node.op == "call_method" and node.target in methods)
+        harmless = (
+            node.target in asked or node.op == "get_attr" or (node.op == "call_method" and node.target in methods)
+        )
         if harmless and not node.users:
             graph.erase_node(node)

@@ -113,7 +113,8 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     parameters = {argument.arg for argument in function.args.args}
     joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
     statements = _unpack_joint(statements, joint)
-    _rename(statements, parameters, reserved)
+    layers = {node.name for node in trace.graph.nodes if node.op == "call_module" and "joint" not in node.meta}
+    _rename(statements, parameters, reserved, layers)
     statements = [s for s in statements if not _is_self_assignment(s)]
     return _inline_return(statements)
 
@@ -208,7 +209,7 @@ class _Variable:
     name: str = ""
 
 
-def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str]) -> None:
+def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str], layers: set[str]) -> None:
     """Let values share variables where their lives do not overlap; rewrites the names in place."""
     last_use = {name: i for i, s in enumerate(statements) for name in _get_loads(s)}
     num_uses = Counter(name for s in statements for name in _get_loads(s))
@@ -223,7 +224,7 @@ def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str]
             variable.values.append(target)
             variable.end = max(variable.end, last_use.get(target, i))
             variables[target] = variable
-    _choose_names(variables, reserved)
+    _choose_names(variables, reserved, layers)
     for statement in statements:
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and node.id in variables:
@@ -241,15 +242,21 @@ def _get_loads(statement: ast.stmt) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _choose_names(variables: Mapping[str, _Variable], reserved: set[str]) -> None:
-    """Name a variable after what its values have in common, as `branch3x3` of `branch3x3_1` and `branch3x3_2`."""
+def _choose_names(variables: Mapping[str, _Variable], reserved: set[str], layers: set[str]) -> None:
+    """Name a variable after what its layers have in common, as `branch3x3` of `branch3x3_1` and `branch3x3_2`."""
     chosen: list[_Variable] = []
     for variable in {id(v): v for v in variables.values()}.values():
         if not variable.name:
-            prefix = os.path.commonprefix(variable.values)  # noqa: RUF071  of characters is what is meant
-            prefix = prefix if prefix in variable.values else prefix.rstrip("_")
-            base = prefix if len(prefix) >= _MIN_PREFIX and prefix.isidentifier() else "out"
+            base = _find_common_name([v for v in variable.values if v in layers] or variable.values)
             options = (base if i == 1 else f"{base}_{i}" for i in range(1, len(variables) + 2))
             overlapping = {v.name for v in chosen if v.start <= variable.end and variable.start <= v.end}
             variable.name = next(name for name in options if name not in overlapping | reserved)
         chosen.append(variable)
+
+
+def _find_common_name(values: list[str]) -> str:
+    prefix = os.path.commonprefix(values)  # noqa: RUF071  of characters is what is meant
+    if prefix in values:
+        return prefix
+    prefix = prefix.rstrip("_")
+    return prefix if len(prefix) >= _MIN_PREFIX and prefix.isidentifier() else "out"

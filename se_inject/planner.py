@@ -265,13 +265,14 @@ def _set_ratios(sites: list[Site], ratios: dict[str, float], divisor: int) -> li
         if pattern != "*":
             _check_pattern(pattern, sites)
     chosen = []
+    widest: dict[float, int] = {}
     for site in sites:
         r = next((ratios[p] for p in reversed(ratios) if _matches(site, p)), DEFAULT_R)
-        if r > site.channels:
-            raise OptionError(
-                f"r is {r:g}, but {site.path} has {site.channels} channels; r must not be above the channels"
-            )
+        widest[r] = max(widest.get(r, 0), site.channels)
         chosen.append(replace(site, r=r, hidden=count_hidden(site.channels, r, divisor=divisor)))
+    for r, channels in widest.items():
+        if r > channels:
+            raise OptionError(f"r is {r:g}, but the widest of its sites has {channels} channels; give a smaller r")
     return chosen
 
 

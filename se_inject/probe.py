@@ -275,7 +275,7 @@ def _fake_example(twin: Twin, example: object) -> tuple[Any, ...]:
     leaves = tree_leaves(args)
     if not any(isinstance(x, Tensor) for x in leaves):
         raise ExampleError(
-            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W), or a tuple of arguments"
+            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W) or a tuple"
         )
 
     def fake(x: object) -> object:

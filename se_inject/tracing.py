@@ -23,6 +23,8 @@ from se_inject.errors import TraceError
 from se_inject.operations import Watch, Work
 from se_inject.probe import Call, Entry, Twin, set_training
 
+# They take sizes and no tensor, so that torch.fx does not see them by itself.
+_FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)
 _SHAPE_READS = frozenset({"shape", "size"})
 
 
@@ -61,6 +63,9 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         TraceError: torch.fx cannot follow the code, or what it would record holds for this input alone.
     """
     owner = twin.model.get_submodule(entry.path)
+    own = vars(owner).get(entry.method)
+    if own is not None and getattr(own, "__self__", None) is not owner:
+        raise TraceError(f"its {entry.method} was replaced on the instance, by a {type(own).__name__}")
     tracer = _ShallowTracer(twin, entry.method, call)
     try:
         with set_training(twin.model, training), torch.no_grad():
@@ -133,7 +138,8 @@ class _ShallowTracer(fx.Tracer):
     """A tracer for which every child is a leaf, and which executes each node over fake tensors as it records it."""
 
     def __init__(self, twin: Twin, method: str, call: Call) -> None:
-        super().__init__()
+        super().__init__(autowrap_functions=_FACTORIES)
+        self._autowrap_search.append(torch)
         self.traced_func_name = method
         self.conditions: list[fx.Node] = []
         self.fixed: dict[str, object] = {}

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from torch import nn
+
+from se_inject.block import SqueezeExcite, count_hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_new_block_changes_nothing_in_any_float_format(dtype):
+    x = torch.randn(2, 32, 5, 7).to(dtype)
+    assert torch.equal(SqueezeExcite(32, dtype=dtype)(x), x)
+
+
+def test_the_gate_is_the_formula_of_the_paper_times_two():
+    block = SqueezeExcite(16, 2)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    x = torch.randn(2, 16, 4, 4)
+    z = x.mean((2, 3))
+    hidden = torch.relu(z @ block.fc1.weight[:, :, 0, 0].T + block.fc1.bias)
+    gate = 2 * torch.sigmoid(hidden @ block.fc2.weight[:, :, 0, 0].T + block.fc2.bias)
+    torch.testing.assert_close(block(x), x * gate[:, :, None, None])
+
+
+def test_several_maps_are_squeezed_together():
+    block = SqueezeExcite(24, 2)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    a, b = torch.randn(2, 8, 4, 4), torch.randn(2, 16, 4, 4)
+    torch.testing.assert_close(torch.cat(block(a, b), 1), block(torch.cat([a, b], 1)))
+
+
+@pytest.mark.parametrize(
+    ("channels", "r", "divisor", "expected"),
+    [(256, 16, 8, 16), (64, 16, 8, 8), (64, 16, 1, 4), (200, 16, 8, 16), (24, 16, 8, 8), (320, 16, 8, 24)],
+)
+def test_hidden_channels_are_rounded_as_timm_does(channels, r, divisor, expected):
+    from timm.layers import make_divisible
+
+    assert count_hidden(channels, r, divisor=divisor) == expected
+    if divisor == 8:
+        assert expected == make_divisible(channels / r, 8, round_limit=0.0)
+
+
+def test_a_block_without_bias_has_weights_alone():
+    assert [name for name, _ in SqueezeExcite(32, bias=False).named_parameters()] == ["fc1.weight", "fc2.weight"]
+
+
+def test_a_block_shows_channels_and_ratio():
+    assert repr(SqueezeExcite(256, 16)) == "SqueezeExcite(256, 16)"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_under_autocast_the_map_keeps_its_type(training):
+    block = SqueezeExcite(32).train(training)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(2, 32, 4, 4).to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert block(x).dtype == dtype
+            assert torch.equal(block(x), x)
+
+
+def test_w2_learns_from_the_first_step_and_w1_from_the_second():
+    block = SqueezeExcite(32)
+    x = torch.randn(4, 32, 4, 4)
+    optimizer = torch.optim.SGD(block.parameters(), 1.0)
+    for step in range(2):
+        optimizer.zero_grad()
+        (block(x) * torch.randn_like(x)).sum().backward()
+        assert bool(block.fc2.weight.grad.any())
+        assert bool(block.fc1.weight.grad.any()) == (step == 1)
+        optimizer.step()

@@ -1,0 +1,201 @@
+import pytest
+import torch
+from torch import nn
+
+from se_inject.merges import inspect_entry
+from se_inject.probe import Call, Entry, make_twin
+from tests import nets
+
+SHAPE = (2, 16, 8, 8)
+
+
+def find(module, *args):
+    twin = make_twin(module)
+    tensors = [twin.make_tensor(a, torch.float32) for a in args or [SHAPE]]
+    return inspect_entry(twin, Entry(""), Call(tuple(tensors), {})).merges
+
+
+def only(module, *args):
+    merges = find(module, *args)
+    assert len(merges) == 1
+    return merges[0]
+
+
+def labels(merge):
+    return [branch.label for branch in merge.branches]
+
+
+@pytest.mark.parametrize(
+    ("net", "code"),
+    [
+        (nets.Residual, "F.relu(self.branch(x) + x)"),
+        (nets.ResidualInPlace, "out += x"),
+        (nets.ResidualTorchAdd, "torch.add(x, self.branch(x))"),
+        (nets.ResidualMethodAdd, "self.branch(x).add(x)"),
+        (nets.ResidualAddStatement, "out.add_(x)"),
+    ],
+)
+def test_a_residual_sum_is_found_however_it_is_written(net, code):
+    merge = only(net())
+    assert (merge.kind, merge.code, labels(merge), merge.channels, merge.reason) == ("residual", code, ["bn2"], 16, "")
+
+
+def test_with_a_projection_the_branch_is_the_side_with_more_layers():
+    assert labels(only(nets.Projected())) == ["bn2"]
+
+
+def test_a_sum_of_three_is_one_merge_of_two_additions():
+    merge = only(nets.SumOfThree())
+    assert (labels(merge), len(merge.operations), merge.channels, merge.reason) == (["a", "b"], 2, 32, "")
+
+
+def test_the_block_goes_before_layer_scale_and_dropout():
+    merge = only(nets.Dropped())
+    assert labels(merge) == ["bn2"]
+    assert merge.branches[0].consumer == "mul"
+
+
+def test_drop_path_of_timm_and_torchvision_is_walked_over():
+    from timm.layers import DropPath
+    from torchvision.ops import StochasticDepth
+
+    for drop in (DropPath(0.2), StochasticDepth(0.2, "row")):
+        class WithDrop(nets.Residual):
+            def __init__(self, drop=drop):
+                super().__init__()
+                self.drop = drop
+
+            def forward(self, x):
+                return x + self.drop(self.branch(x))
+
+        merge = only(WithDrop())
+        assert (labels(merge), merge.branches[0].consumer) == (["bn2"], "drop")
+
+
+def test_a_shortcut_that_is_handed_in_is_a_shortcut():
+    merge = only(nets.Optional(), SHAPE, SHAPE)
+    assert (merge.kind, labels(merge), merge.reason) == ("residual", ["bn2"], "")
+
+
+def test_every_branch_of_a_concatenation_is_gated_together():
+    merge = only(nets.Fire())
+    assert (merge.kind, merge.channels, [b.channels for b in merge.branches]) == ("concat", 32, [12, 20])
+
+
+def test_dense_connections_and_untouched_halves_pass_through():
+    assert labels(only(nets.Dense())) == ["layers.0", "layers.1", "layers.2"]
+    assert labels(only(nets.Shuffle(), (2, 32, 8, 8))) == ["branch"]
+
+
+def test_a_stage_whose_operands_all_pass_through_is_gated_over_all():
+    merge = only(nets.UpStage(32, 16, 16), (2, 32, 4, 4), SHAPE)
+    assert (merge.kind, merge.channels, merge.reason) == ("concat", 48, "")
+
+
+def test_a_list_that_is_handed_in_is_merged_by_the_parent():
+    twin = make_twin(nets.DenseLayer(24, 8))
+    maps = [twin.make_tensor((2, c, 8, 8), torch.float32) for c in (16, 8)]
+    merge = inspect_entry(twin, Entry(""), Call((maps,), {})).merges[0]
+    assert merge.reason == "it joins a list that it is handed; those features are merged again by its parent"
+
+
+def test_a_branch_with_channel_attention_is_passed_over():
+    assert only(nets.Attentive()).reason == "its branch already carries channel attention (mul)"
+
+
+@pytest.mark.parametrize("name", ["eca", "se", "ese", "cbam"])
+def test_attention_of_timm_is_recognised_by_its_structure(name):
+    from timm.layers import create_attn
+
+    class WithAttention(nets.Residual):
+        def __init__(self):
+            super().__init__()
+            self.attn = create_attn(name, 16)
+
+        def forward(self, x):
+            return x + self.attn(self.branch(x))
+
+    assert "channel attention (attn)" in only(WithAttention()).reason
+
+
+def test_parallel_linear_layers_are_a_fusion():
+    merge = only(nets.RepVgg())
+    assert (merge.kind, merge.branches) == ("fusion", ())
+    assert "re-parameterised" in merge.reason
+
+
+def test_operands_without_a_shortcut_are_a_fusion():
+    class Pyramid(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lateral, self.top = nets.conv(16, 16, kernel=1), nets.conv(16, 16, kernel=1)
+
+        def forward(self, x, y):
+            return self.lateral(x) + self.top(y)
+
+    merge = only(Pyramid(), SHAPE, SHAPE)
+    assert (merge.kind, merge.reason) == ("fusion", "fusion: neither operand is a shortcut of the other")
+
+
+def test_a_branch_without_a_convolution_is_passed_over():
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return x + torch.nn.functional.avg_pool2d(x, 3, 1, 1)
+
+    assert only(Pooled()).reason == "its branch holds no convolution"
+
+
+def test_channels_last_activations_are_passed_over():
+    class Last(nets.Residual):
+        def forward(self, x):
+            y = self.branch(x).permute(0, 2, 3, 1)
+            return x.permute(0, 2, 3, 1) + y
+
+    assert only(Last()).reason == "its maps are channels-last (N, H, W, C)"
+
+
+def test_a_concatenation_on_a_gated_branch_is_left_to_its_end():
+    class InceptionResidual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.up = nets.conv(16, 8), nets.conv(16, 8), nets.conv(16, 16, kernel=1)
+
+        def forward(self, x):
+            out = torch.cat([torch.relu(self.a(x)), torch.relu(self.b(x))], 1)
+            return self.up(out) * 0.2 + x
+
+    concat, residual = find(InceptionResidual())
+    assert concat.reason == "it lies on the branch of `self.up(out) * 0.2 + x`, which is gated"
+    assert (labels(residual), residual.reason) == (["up"], "")
+
+
+def test_a_branch_that_is_written_over_later_is_passed_over():
+    assert "is overwritten in place afterwards (mul_)" in find(nets.WrittenOver())[0].reason
+
+
+def test_a_sum_written_over_an_alias_that_is_read_again_is_passed_over():
+    class Aliased(nets.Residual):
+        def forward(self, x):
+            out = self.branch(x)
+            view = out[:, :4]
+            out += x
+            return out, view
+
+    assert "its sum is written over" in only(Aliased()).reason
+
+
+def test_merges_that_differ_between_the_modes_are_passed_over():
+    class Differing(nets.Residual):
+        def forward(self, x):
+            out = x + self.branch(x)
+            return out + self.conv2(torch.relu(self.conv1(out))) if self.training else out
+
+    assert [m.reason for m in find(Differing())] == ["its merges differ between train and eval mode"]
+
+
+def test_a_convolution_of_one_tensor_is_no_merge():
+    class Single(nn.Module):
+        def forward(self, x):
+            return torch.cat([x], 1) + 1.0 + x.mean((2, 3), keepdim=True)
+
+    assert find(Single()) == []

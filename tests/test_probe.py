@@ -1,0 +1,156 @@
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from se_inject.errors import ExampleError, ModelError
+from se_inject.probe import Entry, make_twin, probe_model
+from tests import nets
+
+
+class Spy(nn.Module):
+    """Notes what it was run on."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nets.conv(3, 8)
+        self.seen = []
+        self.steps = 0
+
+    def forward(self, x):
+        self.seen.append(type(x))
+        self.steps += 1
+        return self.conv(x)
+
+
+def test_the_model_is_never_run():
+    seen = []
+    model = Spy()
+    model.conv.register_forward_hook(lambda module, args, out: seen.append(type(out)))
+    probe_model(model)
+    assert model.seen == []
+    assert model.steps == 0
+    assert set(seen) == {FakeTensor}
+
+
+def test_flags_buffers_and_hooks_stay_as_they_were():
+    model = nets.wrap(nets.Residual()).train()
+    model[1].bn1.eval()
+    flags = [module.training for module in model.modules()]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    probe_model(model)
+    assert [module.training for module in model.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_calls_and_merges_are_noted_by_the_module_whose_code_they_are_in():
+    visits = probe_model(nets.wrap(nets.Residual())).visits
+    assert {str(entry): [m.kind for m in visit.merges] for entry, visit in visits.items() if visit.merges} == {
+        "1": ["sum"]
+    }
+    assert tuple(visits[Entry("1")].calls[0].args[0].shape) == (2, 16, 224, 224)
+
+
+def test_methods_that_are_entered_from_outside_are_entries_of_their_own():
+    visits = probe_model(nets.Split()).visits
+    assert [str(entry) for entry, visit in visits.items() if visit.merges] == ["(root).forward_features()"]
+
+
+def test_modules_that_run_in_train_mode_alone_are_seen():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.extra = nets.conv(3, 16), nets.Residual()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return (x, self.extra(x)) if self.training else x
+
+    assert Entry("extra") in probe_model(Auxiliary().eval()).visits
+
+
+def test_the_example_is_found_from_timms_configuration():
+    import timm
+
+    args = probe_model(timm.create_model("inception_v3", aux_logits=False)).example
+    assert tuple(args[0].shape) == (2, 3, 299, 299)
+
+
+def test_the_example_is_found_by_trying_usual_sizes():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nets.conv(1, 4), nn.Linear(4 * 32 * 32, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(x).flatten(1))
+
+    assert tuple(probe_model(Small()).example[0].shape) == (2, 1, 32, 32)
+
+
+def test_an_example_of_one_image_is_doubled():
+    assert tuple(probe_model(nets.TwoBranches(), example=torch.zeros(1, 3, 16, 16)).example[0].shape) == (2, 3, 16, 16)
+
+
+def test_an_example_of_the_wrong_shape_is_named():
+    with pytest.raises(ExampleError, match=r"does not run on an input of shape \(2, 5, 16, 16\).*give example="):
+        probe_model(nets.TwoBranches(), example=torch.zeros(2, 5, 16, 16))
+
+
+def test_an_example_that_is_no_tensor_is_named():
+    with pytest.raises(ExampleError, match="example= is a str without a tensor"):
+        probe_model(nets.TwoBranches(), example="images")
+
+
+def test_a_network_without_convolutions_needs_an_example():
+    with pytest.raises(ExampleError, match="no 2-D convolution"):
+        probe_model(nn.Linear(3, 3))
+
+
+def test_a_twin_takes_no_memory_and_shares_nothing():
+    model = nets.wrap(nets.Residual())
+    twin = make_twin(model)
+    assert all(isinstance(t.data, FakeTensor) for t in (*twin.model.parameters(), *twin.model.buffers()))
+    assert not set(map(id, model.modules())) & set(map(id, twin.model.modules()))
+
+
+def test_a_twin_keeps_tied_weights_tied():
+    model = nn.Sequential(nets.conv(8, 8), nets.conv(8, 8))
+    model[1].weight = model[0].weight
+    twin = make_twin(model)
+    assert twin.model[1].weight is twin.model[0].weight
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (nn.DataParallel, "wrapped in DataParallel; inject first"),
+        (torch.compile, "is compiled; inject first"),
+        (lambda model: torch.jit.script(nets.Plain()), "is scripted .*inject first"),
+        (lambda model: "resnet50", "found a str; expected a torch.nn.Module"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_wrapped_model_is_refused_with_the_order_to_follow(wrap, message):
+    with pytest.raises(ModelError, match=message):
+        probe_model(wrap(nets.TwoBranches()))
+
+
+def test_a_model_compiled_in_place_is_refused():
+    model = nets.TwoBranches()
+    model.compile()
+    with pytest.raises(ModelError, match="is compiled; inject first"):
+        probe_model(model)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_a_quantised_model_is_refused():
+    from torch.ao.nn.quantized import FloatFunctional, QFunctional  # noqa: F401
+
+    model = nets.TwoBranches()
+    model.head = torch.ao.nn.quantized.dynamic.Linear(16, 10)
+    with pytest.raises(ModelError, match="head is quantised .*inject first, quantise after"):
+        probe_model(model)

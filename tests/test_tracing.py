@@ -1,0 +1,110 @@
+import pytest
+import torch
+from torch import nn
+
+from se_inject.errors import TraceError
+from se_inject.probe import Call, Entry, make_twin
+from se_inject.tracing import trace_entry
+from tests import nets
+
+
+def trace(module, *args, training=False, **kwargs):
+    twin = make_twin(module)
+    with twin.mode:
+        args = [twin.make_tensor(a, torch.float32) if isinstance(a, tuple) else a for a in args]
+    return trace_entry(twin, Entry(""), Call(tuple(args), kwargs), training=training)
+
+
+def targets(found):
+    return [str(node.target) for node in found.graph.nodes]
+
+
+def test_every_child_is_a_leaf():
+    assert [n.target for n in trace(nets.wrap(nets.Residual()), (2, 3, 8, 8)).graph.nodes if n.op == "call_module"] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
+
+
+def test_nodes_carry_values_and_work():
+    node = next(n for n in trace(nets.Residual(), (2, 16, 8, 8)).graph.nodes if n.target == "conv1")
+    assert tuple(node.meta["value"].shape) == (2, 16, 8, 8)
+    assert node.meta["work"].convolutions == 1
+
+
+def test_in_place_sums_stay_in_place():
+    assert any("iadd" in target for target in targets(trace(nets.ResidualInPlace(), (2, 16, 8, 8))))
+
+
+def test_what_follows_an_in_place_statement_reads_its_result():
+    nodes = {n.name: n for n in trace(nets.ResidualAddStatement(), (2, 16, 8, 8)).graph.nodes}
+    assert nodes["add_"] in nodes["relu_1"].all_input_nodes
+
+
+def test_lists_are_opened_into_one_value_a_tensor():
+    twin = make_twin(nets.DenseLayer(24, 8))
+    maps = [twin.make_tensor((2, 16, 8, 8), torch.float32), twin.make_tensor((2, 8, 8, 8), torch.float32)]
+    found = trace_entry(twin, Entry(""), Call((maps,), {}), training=False)
+    cat = next(n for n in found.graph.nodes if n.target is torch.cat)
+    assert [str(n.target) for n in cat.args[0]] == ["<built-in function getitem>"] * 2
+
+
+def test_the_mode_is_handed_on_and_not_baked_in():
+    found = trace(nets.Dropped(), (2, 16, 8, 8))
+    assert "training" in targets(found)
+    assert not found.reads_mode
+
+
+def test_a_branch_on_the_mode_is_noticed():
+    assert trace(nets.TrainBranch(), (2, 16, 8, 8)).reads_mode
+
+
+def test_arguments_that_are_no_tensors_are_remembered():
+    assert trace(nets.Optional(), (2, 16, 8, 8)).fixed == {"shortcut": None, "children": None, "scale": 1.0}
+
+
+def test_types_and_numbers_of_dimensions_can_be_asked_for():
+    class Asking(nets.Residual):
+        def forward(self, x):
+            assert isinstance(x, torch.Tensor)
+            assert not isinstance(x, nn.Parameter)
+            assert x.dim() == 4
+            assert x.ndim == 4
+            assert x.shape[1] == 16
+            n, _, *rest = x.shape
+            assert len(rest) == 2
+            return x + self.branch(x)
+
+    assert "add" in [n.name for n in trace(Asking(), (2, 16, 8, 8)).graph.nodes]
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda self, x: x + self.branch(x) if x.shape[2] > 4 else x, "depends on the size of its input"),
+        (lambda self, x: x + self.branch(x) if len(x) > 1 else x, "depends on the size of its input"),
+        (lambda self, x: x + self.branch(x) * torch.tensor([2.0]), "makes a constant tensor"),
+        (lambda self, x: x + self.branch(x) if x.sum() > 0 else x, "cannot follow its forward"),
+        (lambda self, x: x + self.branch(x.numpy()), "cannot follow its forward"),
+    ],
+)
+def test_what_cannot_be_followed_has_a_reason(forward, reason):
+    kind = type("Odd", (nets.Residual,), {"forward": forward})
+    with pytest.raises(TraceError, match=reason):
+        trace(kind(), (2, 16, 8, 8))
+
+
+def test_a_changed_list_is_not_followed():
+    class Changing(nets.Residual):
+        def forward(self, maps):
+            maps[0] = maps[0] + self.branch(maps[0])
+            return maps
+
+    twin = make_twin(Changing())
+    with pytest.raises(TraceError, match="changes the list 'maps'"):
+        trace_entry(
+            twin, Entry(""), Call(([twin.make_tensor((2, 16, 8, 8), torch.float32)],), {}), training=False
+        )

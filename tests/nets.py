@@ -283,6 +283,14 @@ class ShapeCondition(Residual):
         return x + out
 
 
+def enliven(model):
+    """Give norms weights as training does: timm starts a block's last one at zero, and then its branch is all zeros."""
+    for module in model.modules():
+        if getattr(module, "weight", None) is not None and module.weight.dim() == 1:
+            nn.init.uniform_(module.weight, 0.5, 1.0)
+    return model
+
+
 def wrap(block, channels=16, num_classes=4):
     """Put a block between a stem and a head."""
     probe = torch.zeros(2, channels, 8, 8)

@@ -19,7 +19,7 @@ from se_inject.calls import decode_call, describe_form, encode_call
 from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
 from se_inject.merges import Inspection, Merge, inspect_entry
 from se_inject.plan import DEFAULT_R, PassedOver, Placement, Plan, Site
-from se_inject.probe import Call, Entry, Probe, Twin, Visit, check_model, get_dtype, make_twin, probe_model
+from se_inject.probe import METHODS, Call, Entry, Probe, Twin, Visit, check_model, get_dtype, make_twin, probe_model
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ def replay_plan(model: nn.Module, plan: Plan) -> Survey:
     inspections = {}
     for entry, sites in plan.iterate_entries():
         where = f"the plan does not fit {type(model).__name__} at {entry}"
+        if entry.method not in METHODS:
+            raise PlanError(f"{where}: {entry.method} is none of {', '.join(METHODS)}")
         try:
             inspections[entry] = inspect_entry(twin, entry, decode_call(plan.calls[entry.key], twin))
         except (AttributeError, KeyError, TypeError, TraceError) as error:

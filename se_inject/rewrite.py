@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import linecache
 import operator
+import re
 import sys
 import types
 from collections.abc import Iterable, Mapping
@@ -180,7 +181,7 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
 
 def _make_block(site: Site, plan: Plan, model: nn.Module) -> SqueezeExcite:
     owner = model.get_submodule(site.owner)
-    if getattr(owner, site.name, None) is not None or not site.name.isidentifier():
+    if getattr(owner, site.name, None) is not None or not re.fullmatch(r"se\d*", site.name):
         raise PlanError(
             f"{type(owner).__name__} at {site.owner!r} has no room for an attribute {site.name!r}; make a new plan"
         )

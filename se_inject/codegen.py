@@ -11,6 +11,7 @@ import ast
 import builtins
 import dis
 import inspect
+import math
 import os.path
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
         body = [ast.If(test=test, body=bodies[True], orelse=bodies[False])]
     function = ast.parse(f"def {first.entry.method}(self, {_write_parameters(first.signature)}): pass").body[0]
     assert isinstance(function, ast.FunctionDef)
-    function.body = [*_write_guards(owner, first), *body]
+    function.body = [*_write_guards(first), *body]
     source = ast.unparse(ast.fix_missing_locations(function))
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     return Method(source, {name: value for name, value in names.items() if name in used})
@@ -77,15 +78,21 @@ def _write_parameters(signature: inspect.Signature) -> str:
     return str(inspect.Signature(parameters))[1:-1]
 
 
-def _write_guards(owner: nn.Module, trace: Trace) -> list[ast.stmt]:
+def _write_guards(trace: Trace) -> list[ast.stmt]:
     """Refuse other values of the arguments that the traced code read; what it did not read does not matter."""
-    read = _get_read_names(getattr(type(owner), trace.entry.method))
-    guards = []
+    read = _get_read_names(trace.method)
+    kinds = {parameter.kind for parameter in trace.signature.parameters.values()}
+    read |= set(trace.fixed) if kinds & {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} else set()
+    guards: list[ast.stmt] = []
     for name, value in trace.fixed.items():
         if name in read:
             different = "is not" if value is None or isinstance(value, bool) else "!="
             message = f"the rewritten {trace.entry.method} holds for {name}={value!r} alone"
             guards += ast.parse(f"if {name} {different} {value!r}:\n    raise ValueError({message!r})").body
+    for name, form in trace.opened.items():
+        found = f"len({name}) != {form}" if isinstance(form, int) else f"list({name}) != {form!r}"
+        message = f"the rewritten {trace.entry.method} holds for a {name} of {form} maps alone"
+        guards += ast.parse(f"if {found}:\n    raise ValueError({message!r})").body
     return guards
 
 
@@ -100,15 +107,27 @@ def _get_read_names(method: Callable[..., Any]) -> set[str]:
 def _is_plain(value: object) -> bool:
     if isinstance(value, (tuple, list)):
         return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, (bool, int, str))
 
 
 def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> list[ast.stmt]:
+    for part in (part for node in trace.graph.nodes for part in str(node.target).split(".")):
+        if part.startswith("__") and not part.endswith("__"):
+            raise TraceError(f"the name {part!r} of a child would be mangled in a class")
     code = trace.graph.python_code("self")
+    taken = {*trace.signature.parameters, *code.globals, type(owner).__name__}
+    has_functional = "F" not in taken
     names.update(code.globals)
-    names["F"] = torch.nn.functional
-    function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
-    statements = [_Prettify(owner).visit(s) for s in map(_strip_annotation, function.body) if not _is_release(s)]
+    if has_functional:
+        names["F"] = torch.nn.functional
+    try:
+        function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
+    except SyntaxError as error:
+        raise TraceError(f"the name of a child cannot be written as code: {(error.text or '').strip()}") from error
+    prettify = _Prettify(owner, has_functional=has_functional)
+    statements = [prettify.visit(s) for s in map(_strip_annotation, function.body) if not _is_release(s)]
     reserved = {"self", *trace.signature.parameters, *names, *dir(builtins)}
     parameters = {argument.arg for argument in function.args.args}
     joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
@@ -138,12 +157,12 @@ def _is_self_assignment(statement: ast.stmt) -> bool:
 class _Prettify(ast.NodeTransformer):
     """Write `F.relu` for `torch.nn.functional.relu`, and `self.layers[0]` for `getattr(self.layers, "0")`."""
 
-    def __init__(self, owner: nn.Module) -> None:
-        self._owner = owner
+    def __init__(self, owner: nn.Module, *, has_functional: bool) -> None:
+        self._owner, self._has_functional = owner, has_functional
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        is_functional = ast.unparse(node) == "torch.nn.functional"
+        is_functional = self._has_functional and ast.unparse(node) == "torch.nn.functional"
         return ast.Name("F", ast.Load()) if is_functional else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -151,7 +170,9 @@ class _Prettify(ast.NodeTransformer):
         self.generic_visit(node)
         if path and path[-1].isdigit():
             parent = self._owner.get_submodule(".".join(path[:-1]))
-            if isinstance(parent, (nn.Sequential, nn.ModuleList)):
+            # A slice of a Sequential keeps the names of its layers, so a name need not be the position.
+            is_list = isinstance(parent, (nn.Sequential, nn.ModuleList))
+            if is_list and [*parent._modules].index(path[-1]) == int(path[-1]):
                 return ast.Subscript(value=node.args[0], slice=ast.Constant(int(path[-1])), ctx=ast.Load())
         return node
 

@@ -60,7 +60,7 @@ def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
 def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     twin = twin or make_twin(model)
     call = decode_call(plan.calls[Entry("").key], twin)
-    num_images = next(x.shape[0] for x in tree_leaves(call.args) if isinstance(x, Tensor))
+    num_images = next(x.shape[0] for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
     with FlopCounterMode(display=False) as counter, set_training(twin.model, False), twin.mode, torch.no_grad():
         twin.model(*call.args, **call.kwargs)
     return Costs(

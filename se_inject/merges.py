@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from se_inject.operations import CONCATENATIONS, PRODUCTS, get_channel_dim, is_map
 from se_inject.probe import Call, Entry, Twin
@@ -93,12 +94,18 @@ class Inspection:
     """The merges of each trace."""
 
     @property
+    def difference(self) -> str:
+        """A reason, if the merges of the modes are not alike."""
+        forms = {tuple((m.kind, m.channels) for m in merges) for merges in self.found}
+        return "its merges differ between train and eval mode" if len(forms) > 1 else ""
+
+    @property
     def merges(self) -> list[Merge]:
         """The merges in terms of the first trace; one that is not free in every mode has the reason."""
         first, *others = self.found
+        if self.difference:
+            return [replace(m, reason=m.reason or self.difference) for m in first]
         for other in others:
-            if [(m.kind, m.channels) for m in first] != [(m.kind, m.channels) for m in other]:
-                return [replace(m, reason=m.reason or "its merges differ between train and eval mode") for m in first]
             first = [replace(m, reason=m.reason or o.reason) for m, o in zip(first, other, strict=True)]
         return first
 
@@ -362,8 +369,8 @@ def _find_late_branch(trace: Trace, merge: _Found) -> str:
 
 
 def _shares(node: fx.Node, storage: int) -> bool:
-    value = node.meta.get("value")
-    return isinstance(value, Tensor) and value.untyped_storage()._cdata == storage
+    leaves = tree_leaves(node.meta.get("value"))
+    return any(isinstance(x, Tensor) and x.untyped_storage()._cdata == storage for x in leaves)
 
 
 def _label(node: fx.Node) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Work:
         return self.convolutions + self.linears
 
 
-def is_map(value: object) -> bool:
+def is_map(value: object) -> TypeGuard[Tensor]:
     """Tell whether a value is a feature map: a floating point tensor of shape (N, C, H, W)."""
     return isinstance(value, Tensor) and value.ndim == _MAP_NDIM and value.is_floating_point()
 
@@ -122,16 +122,17 @@ def _recognise_merge(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], r
 
 
 def _is_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    operands = [x for x in (*args, *kwargs.values()) if is_map(x)]
+    # SK and ResNeSt weigh several branches at once, (N, branches, C, H, W).
+    operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= _MAP_NDIM]
     return len(operands) == 2 and any(
-        _is_gate(gate, x) for gate, x in (operands, reversed(operands)) if gate.shape[:2] == x.shape[:2]
+        _is_gate(gate, x) for gate, x in (operands, reversed(operands)) if gate.shape[:-2] == x.shape[:-2]
     )
 
 
 def _is_gate(gate: Tensor, x: Tensor) -> bool:
     # An expanded gate has the shape of the map, but its spatial strides are zero.
-    flat = all(size == 1 or stride == 0 for size, stride in zip(gate.shape[2:], gate.stride()[2:], strict=True))
-    return flat and x.shape[2:].numel() > 1 and gate.shape[0] > 1 and gate.shape[1] > 1
+    flat = all(size == 1 or stride == 0 for size, stride in zip(gate.shape[-2:], gate.stride()[-2:], strict=True))
+    return flat and x.shape[-2:].numel() > 1 and gate.shape[0] > 1 and gate.shape[1:].numel() > 1
 
 
 def _note_layout(name: str, args: tuple[Any, ...], result: Tensor) -> None:

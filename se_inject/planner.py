@@ -16,6 +16,7 @@ from torch import nn
 
 from se_inject.block import count_hidden
 from se_inject.calls import decode_call, describe_form, encode_call
+from se_inject.codegen import write_method
 from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
 from se_inject.merges import Inspection, Merge, inspect_entry
 from se_inject.plan import DEFAULT_R, PassedOver, Placement, Plan, Site
@@ -58,7 +59,7 @@ def make_plan(
         placement: Where the block stands; "standard" is on the branch, just before the merge.
         include: Patterns of paths that alone receive blocks, as in `layer3.*`; all if empty.
         exclude: Patterns of paths that receive none.
-        example: An input (N, C, H, W), or a tuple of arguments; found by itself if None.
+        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
 
     Raises:
         ModelError: The model cannot be changed (wrapped, compiled, scripted, quantised, injected already).
@@ -97,8 +98,11 @@ def survey_model(
 ) -> Survey:
     """Make a plan and keep the traces; the arguments and errors are those of `make_plan`."""
     ratios = _read_ratios(r)
-    if divisor < 1:
-        raise OptionError(f"divisor is {divisor}; it must be at least 1")
+    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
+        raise OptionError(f"divisor is {divisor!r}; it must be a whole number of at least 1")
+    for name, patterns in (("include", include), ("exclude", exclude)):
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            raise OptionError(f"{name} is {patterns!r}; give a list of patterns, as in ['layer4.*']")
     if placement != "standard":
         raise OptionError(f"placement is {placement!r}; it must be 'standard'")
     probe = probe_model(model, example=example)
@@ -181,9 +185,13 @@ def _inspect(probe: Probe, entry: Entry, visit: Visit) -> tuple[Inspection | Non
     inspection = None
     reason = "it runs inside a function that torch.fx records as one operation"
     try:
-        inspection = inspect_entry(probe.twin, entry, _get_only_call(visit))
-        for merge in inspection.merges:
+        found = inspect_entry(probe.twin, entry, _get_only_call(visit))
+        if not all(merge.reason for merge in found.merges):
+            # What cannot be written down is found out now, and not when the model is about to be changed.
+            write_method(probe.twin.model.get_submodule(entry.path), found.traces)
+        for merge in found.merges:
             ran["concat" if merge.kind == "concat" else "sum"] -= len(merge.operations) * len(visit.calls)
+        inspection, reason = found, found.difference or reason
     except TraceError as error:
         reason = str(error)
     return inspection, [PassedOver(entry.path, entry.method, kind, "", reason, n) for kind, n in ran.items() if n > 0]
@@ -214,11 +222,17 @@ def _make_site(merge: Merge, name: str, num_merges: int) -> Site:
 
 
 def _choose_name(owner: nn.Module, taken: set[str]) -> str:
-    """Choose "se", or "se2" and so on; an attribute that is None (as timm's networks have) is free."""
+    """Choose "se", or "se2" and so on."""
     names = (f"se{i}" if i > 1 else "se" for i in range(1, 10_000))
-    name = next(n for n in names if n not in taken and getattr(owner, n, None) is None)
+    name = next(n for n in names if n not in taken and is_free(owner, n))
     taken.add(name)
     return name
+
+
+def is_free(owner: nn.Module, name: str) -> bool:
+    """Tell whether an owner has room for a block of this name; an attribute that is None, as in timm, is room."""
+    in_place = name in vars(owner) or name in owner._modules
+    return not hasattr(owner, name) or (in_place and getattr(owner, name) is None)
 
 
 def _matches(site: Site, pattern: str) -> bool:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ExampleError, ModelError
+from se_inject.faithful import kept_random_state
 from se_inject.operations import MergeCall, Watch
 
 METHODS = ("forward", "forward_features")
@@ -80,14 +83,14 @@ class Probe:
     """The result of a probe.
 
     Attributes:
-        twin: The fake twin that was run; its train flags are the model's.
+        twin: A fake twin, for the modules' code; it has not been run.
         visits: What was seen of each entry, in the order in which they were first called.
-        example: The positional arguments that the network was called with; tensors are fake.
+        example: What the network was called with.
     """
 
     twin: Twin
     visits: dict[Entry, Visit]
-    example: tuple[Any, ...]
+    example: Call
 
 
 def get_device(model: nn.Module) -> torch.device:
@@ -119,26 +122,35 @@ def check_model(model: nn.Module) -> None:
             raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
         if "quantized" in kind.__module__.split("."):
             raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            raise ModelError(
+                f"{where} has a function as its forward, which a copy would share; make it a method of a class"
+            )
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ModelError(f"{where} is a lazy layer without weights; run the network once first")
         if hasattr(kind, "_se_inject_code") or isinstance(module, SqueezeExcite):
             raise ModelError(f"the model is injected already ({where}); inject into the original network")
 
 
-def make_twin(model: nn.Module) -> Twin:
+def make_twin(model: nn.Module, mode: FakeTensorMode | None = None) -> Twin:
     """Copy a model with all its tensors replaced by fake ones, which take no memory.
+
+    Args:
+        model: The network; it is neither run nor changed.
+        mode: The mode to make the tensors in; a new one if None.
 
     Raises:
         ModelError: The model holds something that cannot be copied.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.shape_env = None
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     tensors = {id(t): t for m in model.modules() for t in _get_own_tensors(m)}
     memo: dict[int, Any] = {}
-    for key, tensor in tensors.items():
-        fake = mode.from_tensor(tensor.detach(), static_shapes=True)
-        memo[key] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
     try:
+        for key, tensor in tensors.items():
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            memo[key] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         return Twin(copy.deepcopy(model, memo), mode)
-    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
         message = f"{type(model).__name__} cannot be copied ({_first_line(error)}); it must work with copy.deepcopy"
         raise ModelError(message) from error
 
@@ -146,11 +158,12 @@ def make_twin(model: nn.Module) -> Twin:
 def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     """Run a network once in eval and once in train mode over fake tensors, and record every call.
 
+    Hooks that the user registered run too, on fake tensors.
+
     Args:
         model: The network; it is neither run nor changed.
-        example: An input (N, C, H, W), a tuple of positional arguments, or None to find one: from the configuration
-        that
-            timm's networks carry, or by trying usual sizes.
+        example: An input (N, C, H, W), a tuple of positional arguments, a dict of keyword arguments, or None to find
+            one: from the configuration that timm's networks carry, or by trying usual sizes.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -159,16 +172,17 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     check_model(model)
     twin = make_twin(model)
     tries = [_fake_example(twin, example)] if example is not None else list(_propose_examples(twin))
-    failures: list[tuple[tuple[Any, ...], Exception]] = []
-    for args in tries:
+    failures: list[tuple[Call, Exception]] = []
+    for call in tries:
         visits: dict[Entry, Visit] = {}
         try:
-            _run(twin, args, visits, training=False)
+            _run(twin, call, visits, training=False)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
-            failures.append((args, error))
+            failures.append((call, error))
             continue
-        _visit_training(twin, args, visits)
-        return Probe(twin, visits, args)
+        _visit_training(twin, call, visits)
+        # The twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
+        return Probe(make_twin(model, twin.mode), visits, call)
     hint = "give example= with the shape that it is trained on"
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no 2-D convolution to tell its input channels; {hint}")
@@ -177,28 +191,25 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     raise ExampleError(message) from reason
 
 
-def _visit_training(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit]) -> None:
-    # Modules that run in train mode alone, auxiliary heads for one. A network that needs targets in train mode stops
-    # somewhere on the way; what it called until then counts.
+def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:
+    # Modules and merges that run in train mode alone, auxiliary heads for one. A network that needs targets in train
+    # mode stops somewhere on the way; what it called until then counts.
     training: dict[Entry, Visit] = {}
-    try:
-        _run(twin, args, training, training=True)
-    except Exception:  # noqa: BLE001
-        training = {entry: visit for entry, visit in training.items() if visit.merges}
+    with suppress(Exception):
+        _run(twin, call, training, training=True)
     for entry, visit in training.items():
-        visits.setdefault(entry, visit)
+        seen = visits.setdefault(entry, visit)
+        seen.merges = seen.merges or visit.merges
 
 
-def _run(twin: Twin, args: tuple[Any, ...], visits: dict[Entry, Visit], *, training: bool) -> None:
+def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool) -> None:
     recorder = _Recorder(visits)
     recorder.attach(twin.model)
     try:
-        with set_training(twin.model, training), twin.mode, torch.no_grad():
-            fresh = tree_map(
-                lambda x: x.clone() if isinstance(x, Tensor) else x, args
-            )  # a network may write on its input
+        with set_training(twin.model, training), kept_random_state(), twin.mode, torch.set_grad_enabled(training):
+            args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
             with Watch(recorder.note_merge):
-                twin.model(*fresh)
+                twin.model(*args, **kwargs)
     finally:
         recorder.detach()
 
@@ -225,6 +236,8 @@ class _Recorder:
 
     def attach(self, model: nn.Module) -> None:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it has no hooks with keywords, and what it runs is not seen
             before = functools.partial(self._enter_module, Entry(path))
             self._undo.append(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._undo.append(module.register_forward_hook(self._leave, always_call=True).remove)
@@ -237,7 +250,8 @@ class _Recorder:
             undo()
 
     def note_merge(self, merge: MergeCall) -> None:
-        self._visits[self._stack[-1]].merges.append(merge)
+        if self._stack:  # a hook of the root runs before any entry
+            self._visits[self._stack[-1]].merges.append(merge)
 
     def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stack.append(entry)
@@ -270,9 +284,10 @@ def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (v for v in vars(module).values() if isinstance(v, Tensor))
 
 
-def _fake_example(twin: Twin, example: object) -> tuple[Any, ...]:
-    args = example if isinstance(example, tuple) else (example,)
-    leaves = tree_leaves(args)
+def _fake_example(twin: Twin, example: object) -> Call:
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = example if isinstance(example, tuple) else () if kwargs else (example,)
+    leaves = tree_leaves((args, kwargs))
     if not any(isinstance(x, Tensor) for x in leaves):
         raise ExampleError(
             f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W) or a tuple"
@@ -285,11 +300,10 @@ def _fake_example(twin: Twin, example: object) -> tuple[Any, ...]:
         shape = (2, *x.shape[1:]) if len(leaves) == 1 and x.ndim > 1 and x.shape[0] == 1 else x.shape
         return twin.make_tensor(shape, get_dtype(twin.model) if x.is_floating_point() else x.dtype)
 
-    fakes: tuple[Any, ...] = tree_map(fake, args)
-    return fakes
+    return Call(*tree_map(fake, (args, kwargs)))
 
 
-def _propose_examples(twin: Twin) -> Iterator[tuple[Tensor]]:
+def _propose_examples(twin: Twin) -> Iterator[Call]:
     stem = next((m for m in twin.model.modules() if isinstance(m, nn.Conv2d)), None)
     config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
     size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
@@ -298,12 +312,12 @@ def _propose_examples(twin: Twin) -> Iterator[tuple[Tensor]]:
         sizes.insert(0, tuple(size[-2:]))
     if stem is not None:
         for height, width in sizes:
-            yield (twin.make_tensor((2, stem.in_channels, height, width), get_dtype(twin.model)),)
+            yield Call((twin.make_tensor((2, stem.in_channels, height, width), get_dtype(twin.model)),), {})
 
 
-def _describe(args: tuple[Any, ...]) -> str:
-    shapes = [tuple(x.shape) for x in tree_leaves(args) if isinstance(x, Tensor)]
-    return "shape " + ", ".join(map(str, shapes)) if shapes else "any usual size"
+def _describe(call: Call) -> str:
+    leaves = tree_leaves((call.args, call.kwargs))
+    return "shape " + ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
 
 
 def _first_line(error: BaseException) -> str:

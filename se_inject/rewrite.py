@@ -26,7 +26,7 @@ from se_inject.codegen import Method, write_class, write_method
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.merges import Merge
 from se_inject.plan import DEFAULT_R, Placement, Plan, Site
-from se_inject.planner import Survey, replay_plan, survey_model
+from se_inject.planner import Survey, is_free, replay_plan, survey_model
 from se_inject.probe import get_device, get_dtype
 
 _GENERATED = "se_inject.generated"
@@ -60,7 +60,7 @@ def inject(
         placement: Where the block stands at a merge; see `make_plan`.
         include: Patterns of paths that alone receive blocks.
         exclude: Patterns of paths that receive none.
-        example: An input (N, C, H, W), or a tuple of arguments; found by itself if None.
+        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
         inplace: Change the given model, instead of a copy.
 
     Raises:
@@ -135,12 +135,13 @@ def get_base(cls: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass
 class _Surgery:
-    """What happens to one owner: its new class or graph, and its blocks."""
+    """What happens to one owner: its blocks, and its new class or (a GraphModule's) graph."""
 
     path: str
     blocks: dict[str, SqueezeExcite] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     graph: fx.Graph | None = None
+    cls: type[nn.Module] | None = None
     notes: list[str] = field(default_factory=list)
 
     def perform(self, model: nn.Module) -> None:
@@ -154,7 +155,8 @@ class _Surgery:
             return
         for method in self.methods:
             vars(owner).pop(method, None)  # a method that was chosen for the instance would shadow the class's
-        owner.__class__ = _derive_class(type(owner), self.notes, self.methods)
+        assert self.cls is not None
+        owner.__class__ = self.cls
 
 
 def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
@@ -176,12 +178,15 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
                 surgery.methods[entry.method] = write_method(owner, inspection.traces)
             except TraceError as error:
                 raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
+    for surgery in surgeries.values():
+        if surgery.graph is None:
+            surgery.cls = _derive_class(type(model.get_submodule(surgery.path)), surgery.notes, surgery.methods)
     return list(surgeries.values())
 
 
 def _make_block(site: Site, plan: Plan, model: nn.Module) -> SqueezeExcite:
     owner = model.get_submodule(site.owner)
-    if getattr(owner, site.name, None) is not None or not re.fullmatch(r"se\d*", site.name):
+    if not is_free(owner, site.name) or not re.fullmatch(r"se\d*", site.name):
         raise PlanError(
             f"{type(owner).__name__} at {site.owner!r} has no room for an attribute {site.name!r}; make a new plan"
         )
@@ -254,7 +259,12 @@ def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[st
         vars(module)[base.__name__] = base
         linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
         sys.modules[module.__name__] = module
-        exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, made from the plan
+        try:
+            exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, from the plan
+        except Exception as error:
+            raise ModelError(
+                f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
+            ) from error
         made = vars(module)[name]
         made._se_inject_code = (base, name, source, dict(names))
         made.__reduce_ex__ = _reduce

@@ -253,8 +253,9 @@ def _read_torchvision_preprocess(weights: Any) -> dict[str, Any]:
     values = {key: vars(preset).get(key) for key in ("crop_size", "resize_size", "mean", "std")}
     if None in values.values():
         return {}  # not a classifier
-    values = {key: list(v) if isinstance(v, (list, tuple)) else v for key, v in values.items()}
-    return {"library": "torchvision", **values, "interpolation": preset.interpolation.value}
+    sizes = {key: values[key][0] for key in ("crop_size", "resize_size")}  # the preset keeps [224] of 224
+    statistics = {key: list(values[key]) for key in ("mean", "std")}
+    return {"library": "torchvision", **sizes, **statistics, "interpolation": preset.interpolation.value}
 
 
 def _open_factory(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: ARG001, FBT001

@@ -7,25 +7,38 @@ every node carries the value (a fake tensor) and the work (layers, merges) that 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import linecache
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.errors import TraceError
+from se_inject.faithful import (
+    CONSTANT,
+    SHAPE_READS,
+    check_conditions,
+    check_mode_reads,
+    check_output,
+    get_modes,
+    kept_attributes,
+    kept_random_state,
+    reads_mode,
+)
 from se_inject.operations import Watch, Work
-from se_inject.probe import Call, Entry, Twin, set_training
+from se_inject.probe import METHODS, Call, Entry, Twin, set_training
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
 _FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)
-_SHAPE_READS = frozenset({"shape", "size"})
 
 
 @dataclass(frozen=True)
@@ -39,6 +52,8 @@ class Trace:
             that it writes on).
         signature: The method's own signature.
         fixed: Arguments that are not tensors, and the value they had; the graph holds for these values alone.
+        opened: Arguments that are lists, tuples or dicts of tensors: the length, or the keys.
+        method: The method itself, as the class defines it.
         reads_mode: Whether the code branches on `self.training`, so that the other mode has a graph of its own.
     """
 
@@ -47,6 +62,8 @@ class Trace:
     graph: fx.Graph
     signature: inspect.Signature
     fixed: dict[str, object]
+    opened: dict[str, int | list[object]]
+    method: Callable[..., Any]
     reads_mode: bool
 
 
@@ -66,20 +83,40 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     own = vars(owner).get(entry.method)
     if own is not None and getattr(own, "__self__", None) is not owner:
         raise TraceError(f"its {entry.method} was replaced on the instance, by a {type(own).__name__}")
+    method = getattr(owner, entry.method)
+    check_mode_reads(owner, method)
     tracer = _ShallowTracer(twin, entry.method, call)
     try:
-        with set_training(twin.model, training), torch.no_grad():
+        with (
+            set_training(twin.model, training),
+            torch.enable_grad(),
+            kept_random_state(refuse_draws=True),
+            kept_attributes(owner),
+            _opaque_methods(tracer, owner, entry.method),
+            _refused_grad_reads(tracer),
+        ):
             graph = tracer.trace(owner)
     except TraceError:
         raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TraceError(f"torch.fx cannot follow its {entry.method}: {line}") from error
-    _check_faithful(tracer, graph)
+    _check_arguments(tracer, owner)
+    check_conditions(tracer.conditions)
+    if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
+        raise TraceError("it makes a constant tensor while it runs")
     _name_written_values(graph)
     _drop_unused(graph)
-    reads_mode = any(node.target == "training" for node in tracer.conditions)
-    return Trace(entry, training, graph, tracer.signature, tracer.fixed, reads_mode)
+    return Trace(
+        entry=entry,
+        training=training,
+        graph=graph,
+        signature=tracer.signature,
+        fixed=tracer.fixed,
+        opened={name: list(was) if isinstance(was, dict) else len(was) for name, _, was in tracer.containers},
+        method=inspect.unwrap(getattr(method, "__func__", method)),
+        reads_mode=reads_mode(tracer.conditions),
+    )
 
 
 class _ValueProxy(fx.Proxy):
@@ -93,8 +130,9 @@ class _ValueProxy(fx.Proxy):
         return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else _ValueProxy
 
     def __getattr__(self, name: str) -> _ValueAttribute:
-        if name == "_is_param":  # isinstance(x, nn.Parameter) asks for it
-            raise AttributeError(name)
+        node = vars(self).get("node")
+        if name == "_is_param" or (node is not None and not hasattr(node.meta.get("value"), name)):
+            raise AttributeError(name)  # isinstance(x, nn.Parameter) asks for _is_param
         return _ValueAttribute(self, name)
 
     def __len__(self) -> int:
@@ -140,13 +178,15 @@ class _ShallowTracer(fx.Tracer):
     def __init__(self, twin: Twin, method: str, call: Call) -> None:
         super().__init__(autowrap_functions=_FACTORIES)
         self._autowrap_search.append(torch)
+        self.proxy_buffer_attributes = True
         self.traced_func_name = method
         self.conditions: list[fx.Node] = []
         self.fixed: dict[str, object] = {}
-        self.containers: list[tuple[str, object, object]] = []
+        self.containers: list[tuple[str, Any, Any]] = []
         self._twin = twin
         self._call = call
         self._executing = False
+        self._modes = get_modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         return True
@@ -160,20 +200,34 @@ class _ShallowTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ValueProxy(node, self)
 
-    def create_arg(self, a: Any) -> Any:
-        return a.node if _is_proxy(a) else super().create_arg(a)
-
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
+        if get_modes() != self._modes:
+            raise TraceError("its code switches gradients or autocast for a part of itself")
         node = super().create_node(kind, target, *rest, **options)
-        if kind == "get_attr":
-            self._execute(node)
+        if kind not in ("placeholder", "output"):
+            try:
+                self._execute(node)
+            except BaseException:
+                self.graph.erase_node(node)  # the code may catch it and go on
+                raise
         return node
 
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Proxy:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **options)
-        if kind.startswith("call_"):
-            self._execute(proxy.node)
-        return proxy
+    def create_arg(self, a: Any) -> Any:
+        if _is_proxy(a):
+            return a.node
+        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+
+    def is_recording(self) -> bool:
+        """Tell whether the user's code is running, rather than torch's or a child's."""
+        caller = inspect.currentframe()
+        for _ in range(2):
+            caller = caller.f_back if caller else None
+        module = caller.f_globals.get("__name__", "") if caller else ""
+        return not self._executing and not module.startswith(("torch.", "se_inject."))
+
+    def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record the call of a method that is rewritten on its own, as `self.forward_features(x)`."""
+        return method(*args, **kwargs) if self._executing else self.create_proxy("call_module", name, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: Any, concrete_args: Any = None) -> Any:  # noqa: ARG002
         method = getattr(self.root, self.traced_func_name)
@@ -186,8 +240,11 @@ class _ShallowTracer(fx.Tracer):
         vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
 
         def run(_: nn.Module) -> Any:
-            return method(*bound.args, **bound.kwargs)
+            result = method(*bound.args, **bound.kwargs)
+            check_output(result)
+            return result
 
+        self._modes = get_modes()
         return run, [self.root]
 
     def to_bool(self, obj: Any) -> bool:
@@ -211,6 +268,8 @@ class _ShallowTracer(fx.Tracer):
         placeholder.node.meta.update(value=fake, work=Work(), mutates=())
         if isinstance(value, Tensor):
             return placeholder
+        if any(not isinstance(x, Tensor) for x in leaves):
+            raise TraceError(f"its argument {name!r} holds tensors and other values together")
         opened = _open_container(placeholder, fake)
         self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
         return opened
@@ -221,7 +280,7 @@ class _ShallowTracer(fx.Tracer):
         versions = [n.meta["value"]._version for n in inputs]
         self._executing = True
         try:
-            with self._twin.mode, Watch() as watch:
+            with torch.no_grad(), self._twin.mode, Watch() as watch:
                 value = self._run(node, args, kwargs)
         finally:
             self._executing = False
@@ -236,9 +295,8 @@ class _ShallowTracer(fx.Tracer):
         target = str(node.target)
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
-        if node.op == "call_module":
-            return self.root.get_submodule(target)(*args, **kwargs)
-        return operator.attrgetter(target)(self.root)
+        value = operator.attrgetter(target)(self.root)
+        return value(*args, **kwargs) if node.op == "call_module" else value
 
 
 def _read_user_code() -> str:
@@ -286,14 +344,53 @@ def _open_container(proxy: Any, value: Any) -> Any:
     return value
 
 
-def _check_faithful(tracer: _ShallowTracer, graph: fx.Graph) -> None:
+@contextmanager
+def _opaque_methods(tracer: _ShallowTracer, owner: nn.Module, entered: str) -> Iterator[None]:
+    """Let calls of methods that are entries of their own be leaves, in the owner and below it."""
+    undo: list[tuple[nn.Module, str]] = []
+    try:
+        for path, module in owner.named_modules():
+            for name in METHODS[1:]:
+                method = getattr(type(module), name, None)
+                if method is None or name in vars(module) or (module is owner and name == entered):
+                    continue
+                full = f"{path}.{name}" if path else name
+                bound = method.__get__(module)
+                vars(module)[name] = functools.partial(_call_opaque, tracer, full, bound)
+                undo.append((module, name))
+        yield
+    finally:
+        for module, name in undo:
+            del vars(module)[name]
+
+
+@contextmanager
+def _refused_grad_reads(tracer: _ShallowTracer) -> Iterator[None]:
+    """Refuse code that asks whether gradients are on; the graph would hold the answer of the trace."""
+    original = torch.is_grad_enabled
+
+    def ask() -> bool:
+        if tracer.is_recording():
+            raise TraceError("its code asks whether gradients are on")
+        return original()
+
+    torch.is_grad_enabled = ask
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = original
+
+
+def _call_opaque(tracer: _ShallowTracer, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return tracer.call_method(name, method, args, kwargs)
+
+
+def _check_arguments(tracer: _ShallowTracer, owner: nn.Module) -> None:
     for name, opened, before in tracer.containers:
         if not _same(opened, before):
             raise TraceError(f"it changes the {type(opened).__name__} {name!r} that it is handed")
-    if any(n.op == "get_attr" and str(n.target).startswith("_tensor_constant") for n in graph.nodes):
-        raise TraceError("it makes a constant tensor while it runs")
-    if any(_reads_shape(node) for node in tracer.conditions):
-        raise TraceError("its code depends on the size of its input")
+    if isinstance(owner, fx.GraphModule) and tracer.fixed:
+        raise TraceError("it is a GraphModule with arguments that are no tensors")
 
 
 def _same(left: Any, right: Any) -> bool:
@@ -306,41 +403,23 @@ def _same(left: Any, right: Any) -> bool:
     return bool(left == right)
 
 
-def _reads_shape(node: fx.Node) -> bool:
-    """Tell whether a value follows from the batch or spatial size of a tensor; the number of channels is fixed."""
-    if _is_shape(node):
-        return not (node.op == "call_method" and node.args[1:] == (1,))
-    if isinstance(node.meta["value"], Tensor):
-        return True
-    if node.target is operator.getitem and _is_shape(node.args[0]) and node.args[1] == 1:
-        return False
-    if node.op == "call_method" and node.target in ("dim", "ndimension", "is_floating_point"):
-        return False
-    if node.target is getattr and not _is_shape(node):
-        return False
-    return any(_reads_shape(n) for n in node.all_input_nodes)
-
-
-def _is_shape(node: object) -> bool:
-    if not isinstance(node, fx.Node):
-        return False
-    is_attribute = node.target is getattr and node.args[1] in _SHAPE_READS
-    return is_attribute or (node.op == "call_method" and node.target in _SHAPE_READS)
-
-
 def _name_written_values(graph: fx.Graph) -> None:
     """Let whatever comes after an in-place operation use its result: after `out.add_(x)`, `out` means the sum."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
+    nodes = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    for node in nodes:
         for source in node.meta.get("mutates", ()):
             if source.meta["value"] is node.meta["value"]:
                 source.replace_all_uses_with(node, lambda user, node=node: order[user] > order[node])
+                for later in nodes[order[node] + 1 :]:
+                    written = later.meta.get("mutates", ())
+                    later.meta["mutates"] = tuple(node if n is source else n for n in written)
 
 
 def _drop_unused(graph: fx.Graph) -> None:
     """Drop what the code asked but did not use: shapes, comparisons, list items."""
     asked = {getattr, operator.getitem, *(getattr(operator, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "mod"))}
-    methods = _SHAPE_READS | {"dim", "ndimension", "is_floating_point"}
+    methods = SHAPE_READS | {"dim", "ndimension", "is_floating_point"}
     for node in reversed(list(graph.nodes)):
         harmless = (
             node.target in asked or node.op == "get_attr" or (node.op == "call_method" and node.target in methods)

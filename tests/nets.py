@@ -118,7 +118,7 @@ class Dense(nn.Module):
     def forward(self, x):
         features = [x]
         for layer in self.layers:
-            features.append(layer(features))  # noqa: PERF401
+            features.append(layer(features))
         return torch.cat(features, 1)
 
 
@@ -298,6 +298,4 @@ def wrap(block, channels=16, num_classes=4):
     with torch.no_grad():
         out = block.eval()(probe).shape[1]
     block.train(training)
-    return nn.Sequential(
-        conv(3, channels), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, num_classes)
-    )
+    return nn.Sequential(conv(3, channels), block, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(out, num_classes))

@@ -3,7 +3,14 @@
 import torch
 from torch.overrides import TorchFunctionMode
 
-SUMS = (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__)
+SUMS = (
+    torch.add,
+    torch.Tensor.add,
+    torch.Tensor.add_,
+    torch.Tensor.__add__,
+    torch.Tensor.__radd__,
+    torch.Tensor.__iadd__,
+)
 CATS = (torch.cat, torch.concat, torch.concatenate)
 
 

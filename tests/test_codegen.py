@@ -13,7 +13,9 @@ def source(module, example=(2, 16, 8, 8)):
 
 
 def test_the_code_reads_like_a_persons():
-    assert source(nets.ResidualInPlace()) == '''\
+    assert (
+        source(nets.ResidualInPlace())
+        == '''\
 class SEResidualInPlace(ResidualInPlace):
     """ResidualInPlace with squeeze-and-excitation: `se` gates bn2 at `out += x`."""
 
@@ -27,6 +29,7 @@ class SEResidualInPlace(ResidualInPlace):
         out += x
         return F.relu(out, inplace=True)
 '''
+    )
 
 
 def test_branches_of_a_concatenation_keep_their_names():

@@ -38,7 +38,9 @@ def test_the_gates_matter(trained, x):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("net", [nets.TwoBranches, lambda: nets.wrap(nets.Dense()), lambda: nets.wrap(nets.SumOfThree())])
+@pytest.mark.parametrize(
+    "net", [nets.TwoBranches, lambda: nets.wrap(nets.Dense()), lambda: nets.wrap(nets.SumOfThree())]
+)
 def test_compile_makes_one_graph_without_a_break(net):
     injected = inject(net()).eval()
     for block in blocks(injected).values():

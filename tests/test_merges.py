@@ -60,6 +60,7 @@ def test_drop_path_of_timm_and_torchvision_is_walked_over():
     from torchvision.ops import StochasticDepth
 
     for drop in (DropPath(0.2), StochasticDepth(0.2, "row")):
+
         class WithDrop(nets.Residual):
             def __init__(self, drop=drop):
                 super().__init__()

@@ -75,8 +75,8 @@ def test_modules_that_run_in_train_mode_alone_are_seen():
 def test_the_example_is_found_from_timms_configuration():
     import timm
 
-    args = probe_model(timm.create_model("inception_v3", aux_logits=False)).example
-    assert tuple(args[0].shape) == (2, 3, 299, 299)
+    call = probe_model(timm.create_model("inception_v3", aux_logits=False)).example
+    assert tuple(call.args[0].shape) == (2, 3, 299, 299)
 
 
 def test_the_example_is_found_by_trying_usual_sizes():
@@ -88,11 +88,16 @@ def test_the_example_is_found_by_trying_usual_sizes():
         def forward(self, x):
             return self.head(self.conv(x).flatten(1))
 
-    assert tuple(probe_model(Small()).example[0].shape) == (2, 1, 32, 32)
+    assert tuple(probe_model(Small()).example.args[0].shape) == (2, 1, 32, 32)
 
 
 def test_an_example_of_one_image_is_doubled():
-    assert tuple(probe_model(nets.TwoBranches(), example=torch.zeros(1, 3, 16, 16)).example[0].shape) == (2, 3, 16, 16)
+    assert tuple(probe_model(nets.TwoBranches(), example=torch.zeros(1, 3, 16, 16)).example.args[0].shape) == (
+        2,
+        3,
+        16,
+        16,
+    )
 
 
 def test_an_example_of_the_wrong_shape_is_named():

@@ -18,7 +18,13 @@ from tests import nets
 from tests.equality import assert_equal_outputs, assert_same_network
 from tests.oracle import count_merges
 
-RESIDUALS = [nets.Residual, nets.ResidualInPlace, nets.ResidualTorchAdd, nets.ResidualMethodAdd, nets.ResidualAddStatement]
+RESIDUALS = [
+    nets.Residual,
+    nets.ResidualInPlace,
+    nets.ResidualTorchAdd,
+    nets.ResidualMethodAdd,
+    nets.ResidualAddStatement,
+]
 BLOCKS = [
     *RESIDUALS,
     nets.Projected,

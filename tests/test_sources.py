@@ -132,7 +132,7 @@ def test_torchvisions_defaults_with_weights_are_used(monkeypatch):
     monkeypatch.setattr(type(weights), "get_state_dict", lambda self, **_: full.state_dict())
     network = open_network("torchvision:googlenet")
     assert network.source.weights == "GoogLeNet_Weights.IMAGENET1K_V1"
-    assert network.source.preprocess["crop_size"] == [224]
+    assert network.source.preprocess["crop_size"] == 224
     skeleton = build_skeleton(network.source)
     skeleton.load_state_dict(network.model.state_dict())
     x = torch.randn(1, 3, 64, 64)

@@ -84,8 +84,8 @@ def test_types_and_numbers_of_dimensions_can_be_asked_for():
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda self, x: x + self.branch(x) if x.shape[2] > 4 else x, "depends on the size of its input"),
-        (lambda self, x: x + self.branch(x) if len(x) > 1 else x, "depends on the size of its input"),
+        (lambda self, x: x + self.branch(x) if x.shape[2] > 4 else x, "depends on the size or type of its input"),
+        (lambda self, x: x + self.branch(x) if len(x) > 1 else x, "depends on the size or type of its input"),
         (lambda self, x: x + self.branch(x) * torch.tensor([2.0]), "makes a constant tensor"),
         (lambda self, x: x + self.branch(x) if x.sum() > 0 else x, "cannot follow its forward"),
         (lambda self, x: x + self.branch(x.numpy()), "cannot follow its forward"),
@@ -105,6 +105,4 @@ def test_a_changed_list_is_not_followed():
 
     twin = make_twin(Changing())
     with pytest.raises(TraceError, match="changes the list 'maps'"):
-        trace_entry(
-            twin, Entry(""), Call(([twin.make_tensor((2, 16, 8, 8), torch.float32)],), {}), training=False
-        )
+        trace_entry(twin, Entry(""), Call(([twin.make_tensor((2, 16, 8, 8), torch.float32)],), {}), training=False)

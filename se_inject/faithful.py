@@ -1,0 +1,205 @@
+"""Faithfulness: find out whether a traced graph does all that the traced code does, for every input.
+
+Takes an owner, its method and the recorded nodes, raises `TraceError` with the reason where the graph would leave
+something out: a random draw, a change of state, a switch of modes, a condition on the input. Leaves the owner as it
+was.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import operator
+import random
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from se_inject.errors import TraceError
+from se_inject.operations import get_channel_dim, is_map
+
+CONSTANT = "_tensor_constant"
+"""What torch.fx calls the tensors that code makes while it runs."""
+SHAPE_READS = frozenset({"shape", "size"})
+_FIXED_METHODS = frozenset({"dim", "ndimension", "is_floating_point"})
+
+
+@contextmanager
+def kept_random_state(*, refuse_draws: bool = False) -> Iterator[None]:
+    """Leave the random states of Python, NumPy and torch as they were.
+
+    Args:
+        refuse_draws: Raise if one was drawn from: the graph would hold one outcome for ever.
+
+    Raises:
+        TraceError: A random number was drawn.
+    """
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+        drawn = python != random.getstate() or not torch.equal(cpu, torch.get_rng_state())
+        if refuse_draws and (drawn or repr(numpy) != repr(np.random.get_state())):
+            raise TraceError("its code draws random numbers to decide what it does")
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+
+
+@contextmanager
+def kept_attributes(owner: nn.Module) -> Iterator[None]:
+    """Put an owner's own tensors and attributes back, and refuse code that changes them: a graph would not.
+
+    Raises:
+        TraceError: The code changed an attribute or a buffer other than by an operation that the graph holds.
+    """
+    attributes = {key: value for key, value in vars(owner).items() if key != "training"}
+    contents = {key: _copy_container(value) for key, value in attributes.items()}
+    versions = {id(t): t._version for t in _get_own_tensors(owner)}
+    try:
+        yield
+        now = {k: v for k, v in vars(owner).items() if k != "training" and not k.startswith(CONSTANT)}
+        same = now.keys() == attributes.keys() and all(now[key] is value for key, value in attributes.items())
+        same = same and all(_holds_same(attributes[key], content) for key, content in contents.items())
+        if not same or any(versions.get(id(t)) != t._version for t in _get_own_tensors(owner)):
+            raise TraceError("its code changes an attribute or a buffer of its own")
+    finally:
+        for key in set(vars(owner)) - set(attributes) - {"training"}:
+            del vars(owner)[key]
+        vars(owner).update(attributes)
+        for key, content in contents.items():
+            _restore_container(attributes[key], content)
+
+
+def get_modes() -> tuple[object, ...]:
+    """Return the modes that code can switch for a part of itself: gradients, inference, autocast."""
+    autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def check_conditions(conditions: Iterable[fx.Node]) -> None:
+    """Refuse conditions whose outcome can differ for another input; the number of channels is fixed.
+
+    Raises:
+        TraceError: The code asked for a size, type, device or value of its input.
+    """
+    for node in conditions:
+        if _follows_from_input(node):
+            raise TraceError("its code depends on the size or type of its input")
+
+
+def reads_mode(conditions: Iterable[fx.Node]) -> bool:
+    """Tell whether a condition follows from `self.training`."""
+    waiting = list(conditions)
+    while waiting:
+        node = waiting.pop()
+        if node.op == "get_attr" and node.target == "training":
+            return True
+        waiting += node.all_input_nodes
+    return False
+
+
+def check_mode_reads(owner: nn.Module, method: Callable[..., Any]) -> None:
+    """Refuse code that asks for a mode in a way that a proxy cannot answer: `is True`, or a child's flag.
+
+    Raises:
+        TraceError: It does.
+    """
+    seen: set[FunctionType] = set()
+    waiting = [inspect.unwrap(getattr(method, "__func__", method))]
+    while waiting:
+        function = waiting.pop()
+        if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith("torch."):
+            continue
+        seen.add(function)
+        if _asks_oddly(function):
+            raise TraceError("its code asks for a mode other than by a plain `self.training`")
+        for name in function.__code__.co_names:
+            found = inspect.getattr_static(type(owner), name, None) or function.__globals__.get(name)
+            waiting.append(inspect.unwrap(found) if isinstance(found, FunctionType) else found)
+
+
+def check_output(value: object) -> None:
+    """Refuse results that the written code would return as another type.
+
+    Raises:
+        TraceError: The result holds a container other than a list, tuple, dict or named tuple.
+    """
+    if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        for item in value:  # type: ignore[attr-defined]
+            check_output(item)
+    elif type(value) is dict:
+        for item in value.values():
+            check_output(item)
+    elif type(value) is OrderedDict or isinstance(value, (list, tuple, dict, set, frozenset)):
+        raise TraceError(f"it returns a {type(value).__name__}")
+
+
+def _asks_oddly(function: FunctionType) -> bool:
+    instructions = list(dis.get_instructions(function))
+    for i, instruction in enumerate(instructions):
+        if instruction.argval == "training" and instruction.opname.startswith("LOAD_ATTR"):
+            first = function.__code__.co_varnames[:1]
+            before = instructions[i - 1].argval
+            asked = before if isinstance(before, str) else (before or ("",))[-1]
+            compared = any(later.opname in ("IS_OP", "COMPARE_OP") for later in instructions[i + 1 : i + 3])
+            if (asked,) != first or compared:
+                return True
+    return False
+
+
+def _follows_from_input(node: fx.Node) -> bool:
+    if _is_channels(node):
+        return False
+    if isinstance(node.meta["value"], Tensor):
+        return True
+    if node.target is getattr:
+        return bool(node.args[1] != "ndim")
+    if node.op == "call_method":
+        return node.target not in _FIXED_METHODS
+    return any(_follows_from_input(n) for n in node.all_input_nodes)
+
+
+def _is_channels(node: fx.Node) -> bool:
+    """Tell whether a node is the number of channels of a map (N, C, H, W): `x.shape[1]` or `x.size(1)`."""
+    source: Any = None
+    if node.target is operator.getitem and node.args[1] == 1 and isinstance(node.args[0], fx.Node):
+        shape = node.args[0]
+        is_shape = shape.target is getattr and shape.args[1] == "shape"
+        source = shape.args[0] if is_shape or (shape.op == "call_method" and shape.target == "size") else None
+    elif node.op == "call_method" and node.target == "size" and node.args[1:] == (1,):
+        source = node.args[0]
+    value = source.meta["value"] if isinstance(source, fx.Node) else None
+    return bool(is_map(value) and get_channel_dim(value) == 1)
+
+
+def _get_own_tensors(owner: nn.Module) -> list[Tensor]:
+    plain = (value for key, value in vars(owner).items() if not key.startswith(CONSTANT))
+    held = (*owner._parameters.values(), *owner._buffers.values(), *plain)
+    return [value for value in held if issubclass(type(value), Tensor)]
+
+
+def _copy_container(value: object) -> Any:
+    if isinstance(value, (dict, OrderedDict)):
+        return dict(value)
+    return list(value) if isinstance(value, (list, deque, set)) else None
+
+
+def _holds_same(container: Any, content: Any) -> bool:
+    if content is None:
+        return True
+    if isinstance(content, dict):
+        return container.keys() == content.keys() and all(container[k] is v for k, v in content.items())
+    return len(container) == len(content) and all(map(operator.is_, container, content))
+
+
+def _restore_container(container: Any, content: Any) -> None:
+    if content is not None and not _holds_same(container, content):
+        container.clear()
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)

@@ -69,8 +69,9 @@ def make_plan(
 
     Example:
         >>> import timm
-        >>> print(make_plan(timm.create_model("resnet18"), r=16))  # doctest: +ELLIPSIS
-        ResNet: 8 blocks, 89,...
+        >>> plan = make_plan(timm.create_model("resnet18"), r=16)
+        >>> len(plan.sites), plan.sites[0].path, plan.num_parameters
+        (8, 'layer1.0.se', 90112)
     """
     survey = survey_model(
         model,

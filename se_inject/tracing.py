@@ -88,7 +88,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     tracer = _ShallowTracer(twin, entry.method, call)
     try:
         with (
-            set_training(twin.model, training),
+            set_training(owner, training),
             torch.enable_grad(),
             kept_random_state(refuse_draws=True),
             kept_attributes(owner),

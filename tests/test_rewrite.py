@@ -311,6 +311,20 @@ def test_the_network_is_not_run_on_real_data(monkeypatch):
     assert torch.nn.functional.conv2d is real
 
 
+@pytest.mark.slow
+def test_an_injection_takes_no_more_memory_than_the_copy_and_the_blocks():
+    script = (
+        "import resource, timm, se_inject; model = timm.create_model('wide_resnet101_2'); se_inject.inject\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "before = peak(); injected = se_inject.inject(model); grown = peak() - before\n"
+        "print(grown, sum(t.nbytes for t in injected.state_dict().values()))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    grown, size = map(int, done.stdout.split())
+    assert size > 500e6
+    assert grown < 1.1 * size  # Python's own objects, and the modules of torch that are imported
+
+
 def test_generated_classes_do_not_keep_models_alive():
     import weakref
 

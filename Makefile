@@ -1,0 +1,40 @@
+# `make demo` and `make test` set everything up in .venv on first use.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test unit lint types wheel bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/se-inject demo --out model.pt
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2
+
+unit: $(INSTALLED)  ## the fast tests alone
+	$(BIN)/python -m pytest -n 2 -m "not zoo and not slow"
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+wheel: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --wheel
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.surgery --out benchmarks/results/surgery.json
+
+clean:
+	rm -rf .venv dist
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "se-inject needs Python 3.10 or newer; run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $(INSTALLED)

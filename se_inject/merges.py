@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 
+from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors, get_label
 from se_inject.operations import CONCATENATIONS, PRODUCTS, get_channel_dim, is_map
 from se_inject.probe import Call, Entry, Twin
 from se_inject.tracing import Trace, trace_entry
@@ -143,9 +143,8 @@ def find_merges(trace: Trace) -> list[Merge]:
 def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found]) -> Merge:
     """Pass over a concatenation on the branch of a residual block: the branch is gated once, at its end."""
     for later, other in zip(merges, found, strict=True):
-        closes_same_fork = other.fork is this.fork is not None and this.node in _get_ancestors(other.node) - {
-            other.node
-        }
+        is_inside = this.node is not other.node and this.node in get_ancestors(other.node)
+        closes_same_fork = is_inside and other.fork is this.fork is not None
         if merge.kind == "concat" and later.kind == "residual" and not later.reason and closes_same_fork:
             return replace(merge, reason=f"it lies on the branch of `{later.code}`, which is gated")
     return merge
@@ -157,8 +156,9 @@ def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: i
     edges = [(branch, _get_consumer(branch, merge)) for branch in verdict.branches]
     if len(edges) == 1:
         edges = [_skip_scalings(*edges[0], merge)]
-    hazards = (_find_hazard(trace, order, *edge) for edge in edges)
-    reason = verdict.reason or next(filter(None, hazards), "") or (_find_late_branch(trace, merge) if edges[1:] else "")
+    reason = verdict.reason or next(filter(None, (find_overwriting(trace, *edge) for edge in edges)), "")
+    if len(edges) > 1:
+        reason = reason or find_writing_between(trace, merge.operations, merge.operands)
     if get_channel_dim(node.meta["value"]) != 1:
         reason = "its maps are channels-last (N, H, W, C)"
     return Merge(
@@ -168,7 +168,7 @@ def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: i
         node=node.name,
         code=node.meta.get("code") or node.name,
         operations=tuple(n.name for n in merge.operations),
-        branches=tuple(Branch(b.name, c.name, b.meta["value"].shape[1], _label(b)) for b, c in edges),
+        branches=tuple(Branch(b.name, c.name, b.meta["value"].shape[1], get_label(b)) for b, c in edges),
         reason=reason,
     )
 
@@ -206,14 +206,14 @@ def _collect_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _find_fork(operands: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node | None:
-    common = set.intersection(*(_get_ancestors(x) for x in operands))
+    common = set.intersection(*(get_ancestors(x) for x in operands))
     return max((n for n in common if isinstance(n.meta["value"], Tensor)), key=order.__getitem__, default=None)
 
 
 def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
     operands, fork = merge.operands, merge.fork
-    above = [_get_ancestors(x) for x in operands]
-    since = [nodes - (_get_ancestors(fork) if fork else set()) for nodes in above]
+    above = [get_ancestors(x) for x in operands]
+    since = [nodes - (get_ancestors(fork) if fork else set()) for nodes in above]
     layers = [_measure_depth(nodes, order) for nodes in since]
 
     bypassing = {i for i, x in enumerate(operands) if any(x in above[j] for j in range(len(operands)) if j != i)}
@@ -223,13 +223,13 @@ def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
     else:  # nothing in common: an argument that is handed on bypasses what is computed from another argument
         shortcuts = {i for i, n in enumerate(layers) if n == 0}
         if _are_from_one_list(operands):
-            return _Verdict("fusion", reason="fusion: its operands are peers from one list, neither bypasses the other")
+            return _Verdict("fusion", reason="its operands are peers from one list, neither bypasses the other")
     branches = [i for i in range(len(operands)) if i not in shortcuts]
     if not branches or not shortcuts:
-        return _Verdict("fusion", reason="fusion: neither operand is a shortcut of the other")
+        return _Verdict("fusion", reason="neither operand is a shortcut of the other")
     linear = max(layers) <= 1 and not any(_count(nodes, "activations") for nodes in since)
     if linear and (len(branches) > 1 or any(_count(since[i], "norms") for i in shortcuts)):
-        return _Verdict("fusion", reason="fusion: parallel linear layers, as in a re-parameterised block")
+        return _Verdict("fusion", reason="parallel linear layers, as in a re-parameterised block")
     chosen = tuple(operands[i] for i in branches)
     if not all(_count(since[i], "convolutions") for i in branches):
         return _Verdict("residual", chosen, "its branch holds no convolution")
@@ -238,40 +238,16 @@ def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
 
 
 def _classify_concat(operands: list[fx.Node]) -> _Verdict:
-    computed = tuple(x for x in operands if _count(_get_ancestors(x), "layers"))
+    computed = tuple(x for x in operands if _count(get_ancestors(x), "layers"))
     from_list = any(_comes_from_list(x) for x in operands)
     if not computed and from_list:
         return _Verdict(
             "concat", reason="it joins a list that it is handed; those features are merged again by its parent"
         )
     branches = computed or tuple(operands)
-    common = set.intersection(*(_get_ancestors(x) for x in operands))
-    attention = next(filter(None, (_find_attention(_get_ancestors(x) - common) for x in computed)), "")
+    common = set.intersection(*(get_ancestors(x) for x in operands))
+    attention = next(filter(None, (_find_attention(get_ancestors(x) - common) for x in computed)), "")
     return _Verdict("concat", tuple(dict.fromkeys(branches)), attention)
-
-
-def _get_ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return the node and all that it was computed from."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in seen:
-            seen.add(current)
-            waiting += current.all_input_nodes
-    return seen
-
-
-def _get_descendants(node: fx.Node) -> set[fx.Node]:
-    """Return the node and all that is computed from it."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in seen:
-            seen.add(current)
-            waiting += current.users
-    return seen
 
 
 def _count(nodes: set[fx.Node], what: Literal["layers", "convolutions", "norms", "activations"]) -> int:
@@ -292,7 +268,7 @@ def _find_attention(nodes: set[fx.Node]) -> str:
         # squeezed vectors and joins a mean and a maximum over the channels, is still one layer.
         merges = [m for m in node.meta["work"].merges if m.shape[2:] != (1, 1) and m.shape[1] > 2]
         if node.meta["work"].attentions and not (node.op == "call_module" and merges):
-            return f"its branch already carries channel attention ({_label(node)})"
+            return f"its branch already carries channel attention ({get_label(node)})"
     return ""
 
 
@@ -306,7 +282,7 @@ def _comes_from_list(node: fx.Node) -> bool:
 
 
 def _are_from_one_list(operands: list[fx.Node]) -> bool:
-    lists = [{n.args[0] for n in _get_ancestors(x) if _comes_from_list(n)} for x in operands]
+    lists = [{n.args[0] for n in get_ancestors(x) if _comes_from_list(n)} for x in operands]
     return bool(set.intersection(*lists))
 
 
@@ -336,42 +312,5 @@ def _get_scaled(node: fx.Node) -> fx.Node | None:
 
 def _is_scale(node: fx.Node) -> bool:
     """Tell whether a value is made from parameters alone, such as a reshaped layer scale."""
-    sources = [n for n in _get_ancestors(node) if not n.all_input_nodes]
+    sources = [n for n in get_ancestors(node) if not n.all_input_nodes]
     return all(n.op == "get_attr" for n in sources)
-
-
-def _find_hazard(trace: Trace, order: dict[fx.Node, int], branch: fx.Node, consumer: fx.Node) -> str:
-    """Find an in-place operation that would no longer reach, or would spoil, a branch once its gated copy goes on."""
-    storage = branch.meta["value"].untyped_storage()._cdata
-    sharing = {n for n in trace.graph.nodes if _shares(n, storage)}
-    aliases = sharing - _get_descendants(consumer)
-    for node in list(trace.graph.nodes)[order[consumer] :]:
-        written = sharing.intersection(node.meta.get("mutates", ()))
-        if written & aliases and node is not consumer:
-            return f"its branch is overwritten in place afterwards ({_label(node)})"
-        for alias in aliases if written else ():
-            read_later = any(order[user] > order[node] for user in alias.users if user is not consumer)
-            if alias.op == "placeholder" or read_later:
-                return f"its sum is written over {_label(alias)}, which is read again"
-    return ""
-
-
-def _find_late_branch(trace: Trace, merge: _Found) -> str:
-    """Find what forbids that a chain of additions waits until all branches, which are gated together, are there."""
-    nodes = list(trace.graph.nodes)
-    between = nodes[nodes.index(merge.operations[0]) : nodes.index(merge.node)]
-    storages = {x.meta["value"].untyped_storage()._cdata for x in merge.operands}
-    for node in between:
-        written = [n for n in node.meta["mutates"] if any(_shares(n, storage) for storage in storages)]
-        if written and (node not in merge.operations or any(set(n.users) & set(between) - {node} for n in written)):
-            return f"its branches are written over between the additions ({_label(node)})"
-    return ""
-
-
-def _shares(node: fx.Node, storage: int) -> bool:
-    leaves = tree_leaves(node.meta.get("value"))
-    return any(isinstance(x, Tensor) and x.untyped_storage()._cdata == storage for x in leaves)
-
-
-def _label(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_module" else node.name

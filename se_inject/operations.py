@@ -99,7 +99,7 @@ class Watch(TorchFunctionMode):
         work.norms += name in NORMS
         work.activations += name in ACTIVATIONS
         work.attentions += name in PRODUCTS and _is_attention(args, kwargs)
-        _note_layout(name, args, result)
+        _note_layout(name, args, kwargs, result)
         merge = _recognise_merge(name, args, kwargs, result)
         if merge is not None:
             work.merges.append(merge)
@@ -135,27 +135,27 @@ def _is_gate(gate: Tensor, x: Tensor) -> bool:
     return flat and x.shape[-2:].numel() > 1 and gate.shape[0] > 1 and gate.shape[1:].numel() > 1
 
 
-def _note_layout(name: str, args: tuple[Any, ...], result: Tensor) -> None:
-    if result.ndim != _MAP_NDIM:
-        return
-    source = next((x for x in args if isinstance(x, Tensor) and x.ndim == result.ndim), None)
-    dim = 1 if source is None else get_channel_dim(source)
-    if name in CONVOLUTIONS or name in ("batch_norm", "group_norm", "instance_norm"):
-        dim = 1
-    elif name in ("linear", "layer_norm", "rms_norm"):
+def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
+    source = next((x for x in args if isinstance(x, Tensor) and x.ndim >= 3), None)
+    dim = 1
+    if name in LINEARS or name in ("layer_norm", "rms_norm"):
         dim = result.ndim - 1
-    elif name in ("permute", "transpose", "movedim", "swapaxes", "swapdims") and source is not None:
-        dim = _follow_permutation(name, args[1:], dim, result.ndim)
+    elif source is None or name in CONVOLUTIONS or name in NORMS:
+        dim = 1
+    elif name in ("permute", "transpose", "movedim", "swapaxes", "swapdims") and source.ndim == result.ndim:
+        dim = _follow_permutation(name, tree_leaves((args[1:], kwargs)), get_channel_dim(source), result.ndim)
+    elif source.ndim == result.ndim:
+        dim = get_channel_dim(source)
+    elif get_channel_dim(source) == source.ndim - 1 and source.shape[-1] == result.shape[-1]:
+        dim = result.ndim - 1  # tokens (N, L, C) laid out as (N, H, W, C), and back
     if dim != get_channel_dim(result):
         result.se_inject_channel_dim = dim  # type: ignore[attr-defined]
 
 
-def _follow_permutation(name: str, dims: tuple[Any, ...], channel_dim: int, ndim: int) -> int:
-    flat: list[int] = list(tree_leaves(dims))
-    axes = torch.empty((1,) * ndim, device="meta")  # a permutation of sizes shows where each axis goes
-    axes = axes.expand([i + 2 for i in range(ndim)])
+def _follow_permutation(name: str, dims: list[int], channel_dim: int, ndim: int) -> int:
+    axes = torch.empty([i + 2 for i in range(ndim)], device="meta")  # the sizes show where each axis goes
     try:
-        moved = axes.permute(flat) if name == "permute" else getattr(axes, name)(*flat)
+        moved = axes.permute(dims) if name == "permute" else getattr(axes, name)(*dims)
     except (TypeError, RuntimeError):
         return channel_dim
     return list(moved.shape).index(channel_dim + 2)

@@ -135,7 +135,7 @@ def test_operands_without_a_shortcut_are_a_fusion():
             return self.lateral(x) + self.top(y)
 
     merge = only(Pyramid(), SHAPE, SHAPE)
-    assert (merge.kind, merge.reason) == ("fusion", "fusion: neither operand is a shortcut of the other")
+    assert (merge.kind, merge.reason) == ("fusion", "neither operand is a shortcut of the other")
 
 
 def test_a_branch_without_a_convolution_is_passed_over():

@@ -1,0 +1,81 @@
+"""Hazards: in-place operations to which a gated copy of a branch would make a difference.
+
+Takes a trace's nodes (which know what they write on), gives a reason, or nothing where the branch can be gated. Changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from se_inject.tracing import Trace
+
+
+def find_overwriting(trace: Trace, branch: fx.Node, consumer: fx.Node) -> str:
+    """Find what would no longer reach, or would spoil, a branch once its gated copy goes on to the consumer."""
+    nodes = list(trace.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    storage = _get_storage(branch)
+    sharing = {n for n in nodes if _shares(n, storage)}
+    aliases = sharing - get_descendants(consumer)
+    for node in nodes[order[consumer] :]:
+        written = sharing.intersection(node.meta.get("mutates", ()))
+        if written & aliases and node is not consumer:
+            return f"its branch is overwritten in place afterwards ({get_label(node)})"
+        for alias in aliases if written else ():
+            read_later = any(order[user] > order[node] for user in alias.users if user is not consumer)
+            if alias.op == "placeholder" or read_later:
+                return f"its sum is written over {get_label(alias)}, which is read again"
+    return ""
+
+
+def find_writing_between(trace: Trace, operations: list[fx.Node], operands: list[fx.Node]) -> str:
+    """Find what forbids that a chain of additions waits until all branches, which are gated together, are there."""
+    nodes = list(trace.graph.nodes)
+    between = nodes[nodes.index(operations[0]) : nodes.index(operations[-1])]
+    storages = {_get_storage(x) for x in operands}
+    for node in between:
+        written = [n for n in node.meta["mutates"] if any(_shares(n, storage) for storage in storages)]
+        if written and (node not in operations or any(set(n.users) & set(between) - {node} for n in written)):
+            return f"its branches are written over between the additions ({get_label(node)})"
+    return ""
+
+
+def get_ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return the node and all that it was computed from."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += current.all_input_nodes
+    return seen
+
+
+def get_descendants(node: fx.Node) -> set[fx.Node]:
+    """Return the node and all that is computed from it."""
+    seen: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current not in seen:
+            seen.add(current)
+            waiting += current.users
+    return seen
+
+
+def get_label(node: fx.Node) -> str:
+    """Return a layer's path relative to the owner, or an operation's name."""
+    return str(node.target) if node.op == "call_module" else node.name
+
+
+def _get_storage(node: fx.Node) -> int:
+    storage: int = node.meta["value"].untyped_storage()._cdata
+    return storage
+
+
+def _shares(node: fx.Node, storage: int) -> bool:
+    leaves = tree_leaves(node.meta.get("value"))
+    return any(isinstance(x, Tensor) and x.untyped_storage()._cdata == storage for x in leaves)

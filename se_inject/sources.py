@@ -188,10 +188,13 @@ def _open_timm(name: str, pretrained: bool, num_classes: int | None) -> Network:
     options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     model = _fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
     config = getattr(model, "pretrained_cfg", None) or {}
-    if not name.startswith(("hf-hub", "local-dir")):
-        name = ".".join(filter(None, (config.get("architecture", name), config.get("tag"))))
-    weights = (config.get("hf_hub_id") or config.get("url") or name) if pretrained else RANDOM
-    source = Source("timm", name, options, str(weights), _read_timm_preprocess(model))
+    weights = name if ":" in name else config.get("hf_hub_id") or config.get("url") or name
+    architecture = config.get("architecture", name)
+    if ":" not in name:
+        name = ".".join(filter(None, (architecture, config.get("tag"))))
+    elif hasattr(model, "_model_args"):  # with timm's name for it, the file loads without the hub
+        name, options = architecture, {**model._model_args, "num_classes": model.num_classes}
+    source = Source("timm", name, options, str(weights) if pretrained else RANDOM, _read_timm_preprocess(model))
     return Network(model, source)
 
 

@@ -91,6 +91,7 @@ def test_ddp_over_gloo_gives_the_gradients_of_one_process(tmp_path):
         from torch import nn
         from torch.nn.parallel import DistributedDataParallel
         from se_inject import blocks, inject
+        from se_inject.errors import ModelError
         from tests import nets
 
         torch.set_num_threads(1)
@@ -102,6 +103,11 @@ def test_ddp_over_gloo_gives_the_gradients_of_one_process(tmp_path):
             nn.init.normal_(block.fc2.weight)
         x = torch.randn(4, 3, 8, 8)
         ddp = DistributedDataParallel(model)
+        try:
+            inject(ddp)
+            raise SystemExit("a wrapped model was accepted")
+        except ModelError as error:
+            assert "wrapped in DistributedDataParallel; inject first" in str(error)
         loss = ddp(x[rank * 2 : rank * 2 + 2]).square().mean()
         loss.backward()
         if rank == 0:

@@ -81,6 +81,21 @@ def test_with_drop_path_and_dropout_too(name):
     assert_same_network(model, inject(model), torch.randn(4, 3, 64, 64))
 
 
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "convnext_tiny", "tf_efficientnet_lite0"])
+def test_after_two_steps_every_parameter_of_a_block_has_moved(name):
+    model = inject(nets.enliven(timm.create_model(name, num_classes=10))).train()
+    before = {f"{path}.{n}": p.detach().clone() for path, b in blocks(model).items() for n, p in b.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(torch.randn(8, 3, 64, 64)), torch.arange(8)).backward()
+        optimizer.step()
+    parameters = dict(model.named_parameters())
+    for key, value in before.items():
+        assert parameters[key].grad.any(), key
+        assert not torch.equal(parameters[key], value), key
+
+
 def test_the_block_stands_before_drop_path():
     import inspect
 

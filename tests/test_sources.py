@@ -120,6 +120,33 @@ def test_the_classifier_is_replaced_and_the_rest_loaded(tmp_path, name):
     assert torch.equal(again.model.fc.weight, same.model.fc.weight)
 
 
+def test_a_network_of_the_hub_is_built_again_without_it(tmp_path):
+    """timm reads `local-dir:` as it reads `hf-hub:`: a configuration and the weights beside it."""
+    import json
+
+    import safetensors.torch
+
+    from se_inject import blocks, inject, load, save
+
+    model = timm.create_model("resnet18", num_classes=6, act_layer="silu")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    values = {"architecture": "resnet18", "num_classes": 6, "model_args": {"act_layer": "silu"}}
+    config = {"input_size": [3, 96, 96], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "num_classes": 6}
+    (tmp_path / "config.json").write_text(json.dumps({**values, "pretrained_cfg": config}))
+    name = f"local-dir:{tmp_path}"
+    network = open_network(name)
+    assert network.source.weights == name
+    assert network.source.preprocess["input_size"] == [3, 96, 96]
+    assert torch.equal(network.model.fc.weight, model.fc.weight)
+    injected = inject(network.model).eval()
+    for block in blocks(injected).values():
+        nn.init.normal_(block.fc2.weight)
+    save(injected, tmp_path / "injected.pt", source=network.source)
+    (tmp_path / "config.json").unlink()
+    x = torch.randn(1, 3, 96, 96)
+    assert torch.equal(load(tmp_path / "injected.pt")(x), injected(x))
+
+
 def test_num_classes_must_be_positive():
     with pytest.raises(SourceError, match="--num-classes is 0"):
         open_network("resnet18", pretrained=False, num_classes=0)

@@ -132,6 +132,7 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     parameters = {argument.arg for argument in function.args.args}
     joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
     statements = _unpack_joint(statements, joint)
+    statements = _write_effects(statements)
     layers = {node.name for node in trace.graph.nodes if node.op == "call_module" and "joint" not in node.meta}
     _rename(statements, parameters, reserved, layers)
     statements = [s for s in statements if not _is_self_assignment(s)]
@@ -205,10 +206,31 @@ def _unpack_joint(statements: list[ast.stmt], joint: Mapping[str, int]) -> list[
     return written
 
 
+def _write_effects(statements: list[ast.stmt]) -> list[ast.stmt]:
+    """Write `x[0] = y` for `setitem = operator.setitem(x, 0, y)`, and `x.append(y)` without a name for its result."""
+    used = {name for statement in statements for name in _get_loads(statement)}
+    written: list[ast.stmt] = []
+    for statement in statements:
+        is_effect = isinstance(statement, ast.Assign) and not used & set(_get_targets(statement))
+        if is_effect and ast.unparse(statement).partition(" = ")[2].startswith("operator.setitem("):
+            container, key, value = statement.value.args  # type: ignore[attr-defined]
+            target = ast.Subscript(container, key, ast.Store())
+            written.append(ast.fix_missing_locations(ast.Assign([target], value, lineno=0)))
+        elif is_effect and isinstance(statement.value, ast.Call):  # type: ignore[attr-defined]
+            written.append(ast.Expr(statement.value))  # type: ignore[attr-defined]
+        else:
+            written.append(statement)
+    return written
+
+
 def _get_targets(statement: ast.stmt) -> list[str]:
     if not isinstance(statement, ast.Assign):
         return []
-    return [node.id for node in ast.walk(statement.targets[0]) if isinstance(node, ast.Name)]
+    return [
+        node.id
+        for node in ast.walk(statement.targets[0])
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    ]
 
 
 def _inline_return(statements: list[ast.stmt]) -> list[ast.stmt]:

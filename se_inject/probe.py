@@ -305,14 +305,18 @@ def _fake_example(twin: Twin, example: object) -> Call:
 
 def _propose_examples(twin: Twin) -> Iterator[Call]:
     stem = next((m for m in twin.model.modules() if isinstance(m, nn.Conv2d)), None)
+    if stem is None:
+        return
     config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
-    size = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+    known = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
     sizes = [(s, s) for s in _USUAL_SIZES]
-    if size is not None:
-        sizes.insert(0, tuple(size[-2:]))
-    if stem is not None:
-        for height, width in sizes:
-            yield Call((twin.make_tensor((2, stem.in_channels, height, width), get_dtype(twin.model)),), {})
+    channels = [stem.in_channels]
+    if known is not None:
+        sizes.insert(0, tuple(known[-2:]))
+        channels.append(known[0])  # the first convolution sees more where a network folds space into channels
+    for size in dict.fromkeys(sizes):
+        for num in dict.fromkeys((*channels, 3, 1)):
+            yield Call((twin.make_tensor((2, num, *size), get_dtype(twin.model)),), {})
 
 
 def _describe(call: Call) -> str:

@@ -103,7 +103,14 @@ class ShallowTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a child; while a child is being executed, its own children just run."""
-        return forward(*args, **kwargs) if self._executing else super().call_module(m, forward, args, kwargs)
+        if self._executing:
+            return forward(*args, **kwargs)
+        result = super().call_module(m, forward, args, kwargs)
+        for key, num_items in result.node.meta["changed"].items():
+            # What the child put into the list is not known by name; whoever reads it is not followed.
+            handed = args[key] if isinstance(key, int) else kwargs[key]
+            handed[:] = [_Unknown()] * num_items
+        return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter or buffer."""
@@ -130,6 +137,8 @@ class ShallowTracer(fx.Tracer):
         """Turn an argument into a node or a plain value."""
         if _is_proxy(a):
             return a.node
+        if isinstance(a, _Unknown):
+            raise TraceError("it reads a list that a child changed")
         return super().create_arg(a.item() if isinstance(a, np.generic) else a)
 
     def is_recording(self) -> bool:
@@ -193,15 +202,28 @@ class ShallowTracer(fx.Tracer):
         self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
         return opened
 
-    def check_arguments(self) -> None:
-        """Refuse code that changes a list or dict that it is handed; the caller would miss the change.
+    def write_back(self) -> None:
+        """Record what the code put into a list that it was handed, so that the caller sees it.
 
         Raises:
-            TraceError: It does.
+            TraceError: It changed a container in another way.
         """
+        output = next(iter(reversed(self.graph.nodes)))
         for name, opened, before in self.containers:
-            if not _same(opened, before):
+            if _same(opened, before):
+                continue
+            if type(opened) is not list or len(opened) < len(before) or not all(map(_is_proxy, opened)):
                 raise TraceError(f"it changes the {type(opened).__name__} {name!r} that it is handed")
+            handed = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
+            with self.graph.inserting_before(output):
+                for i, item in enumerate(opened):
+                    if i >= len(before):
+                        node = self.graph.call_method("append", (handed, item.node))
+                    elif item is not before[i]:
+                        node = self.graph.call_function(operator.setitem, (handed, i, item.node))
+                    else:
+                        continue
+                    node.meta.update(value=None, work=Work(), mutates=())
         if isinstance(self.root, fx.GraphModule) and self.fixed:
             raise TraceError("it is a GraphModule with arguments that are no tensors")
 
@@ -209,6 +231,7 @@ class ShallowTracer(fx.Tracer):
         args, kwargs = _get_values(node.args), _get_values(node.kwargs)
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta["value"], Tensor)]
         versions = [n.meta["value"]._version for n in inputs]
+        lists = [(k, v, list(v)) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, list)]
         self._executing = True
         try:
             with torch.no_grad(), self._twin.mode, Watch() as watch:
@@ -216,7 +239,8 @@ class ShallowTracer(fx.Tracer):
         finally:
             self._executing = False
         written = [n for n, v in zip(inputs, versions, strict=True) if n.meta["value"]._version != v]
-        node.meta.update(value=value, work=watch.work, mutates=tuple(written))
+        changed = {key: len(now) for key, now, was in lists if not _holds(now, was)}
+        node.meta.update(value=value, work=watch.work, mutates=tuple(written), changed=changed)
         if watch.work.merges and node.op != "call_module":
             node.meta["code"] = _read_user_code()
 
@@ -257,6 +281,14 @@ def _get_values(argument: Any) -> Any:
             return type(argument)(*items)
         return items if isinstance(argument, list) else tuple(items)
     return argument
+
+
+class _Unknown:
+    """Stands in a list for what a child put there."""
+
+
+def _holds(now: list[Any], was: list[Any]) -> bool:
+    return len(now) == len(was) and all(map(operator.is_, now, was))
 
 
 def _is_proxy(value: object) -> bool:

@@ -91,7 +91,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise TraceError(f"torch.fx cannot follow its {entry.method}: {line}") from error
-    tracer.check_arguments()
+    tracer.write_back()
     check_conditions(tracer.conditions)
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         raise TraceError("it makes a constant tensor while it runs")

@@ -1,11 +1,16 @@
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
 
+from se_inject import inject, make_plan
 from se_inject.errors import TraceError
 from se_inject.probe import Call, Entry, make_twin
 from se_inject.tracing import trace_entry
 from tests import nets
+from tests.equality import assert_same_network
 
 
 def trace(module, *args, training=False, **kwargs):
@@ -97,12 +102,65 @@ def test_what_cannot_be_followed_has_a_reason(forward, reason):
         trace(kind(), (2, 16, 8, 8))
 
 
-def test_a_changed_list_is_not_followed():
-    class Changing(nets.Residual):
-        def forward(self, maps):
-            maps[0] = maps[0] + self.branch(maps[0])
-            return maps
+class Changing(nets.Residual):
+    """Changes the list that it is handed in the way that its subclass says."""
 
-    twin = make_twin(Changing())
+    def forward(self, maps):
+        out = maps[0] + self.branch(maps[0])
+        self.change(maps, out)
+        return out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda self, maps, out: maps.pop(), lambda self, maps, out: maps.append(3), lambda self, maps, out: maps.clear()],
+)
+def test_a_list_that_is_changed_in_an_odd_way_is_not_followed(change):
+    twin = make_twin(type("Odd", (Changing,), {"change": change})())
+    maps = [twin.make_tensor((2, 16, 8, 8), torch.float32)]
     with pytest.raises(TraceError, match="changes the list 'maps'"):
-        trace_entry(twin, Entry(""), Call(([twin.make_tensor((2, 16, 8, 8), torch.float32)],), {}), training=False)
+        trace_entry(twin, Entry(""), Call((maps,), {}), training=False)
+
+
+def test_assignments_and_additions_to_a_list_reach_the_caller():
+    def change(self, maps, out):
+        maps[0] = out
+        maps.append(out)
+
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = type("Assigning", (Changing,), {"change": change})()
+
+        def forward(self, x):
+            maps = [x]
+            self.block(maps)
+            return maps[0] + 2 * maps[1]
+
+    net = nn.Sequential(nets.conv(3, 16), Caller())
+    injected = inject(net, include=["1.block"])
+    text = inspect.getsource(type(injected[1].block))
+    assert re.search(r"maps\[0\] = (\w+)\n +maps\.append\(\1\)\n +return \1\n", text)
+    assert_same_network(net, injected, torch.randn(2, 3, 8, 8))
+
+
+def test_a_list_that_a_child_changed_is_not_read():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.rest = (
+                type("Odd", (Changing,), {"change": lambda s, m, out: m.append(out)})(),
+                nets.Residual(),
+            )
+
+        def forward(self, x):
+            maps = [x]
+            out = self.block(maps)
+            return self.rest.branch(out) + (maps[1] if self.read else out)
+
+    for read in (False, True):
+        caller = Caller()
+        caller.read = read
+        plan = make_plan(nn.Sequential(nets.conv(3, 16), caller))
+        reasons = [item.reason for item in plan.passed_over]
+        assert reasons == (["it reads a list that a child changed"] if read else [])

@@ -207,19 +207,15 @@ def _unpack_joint(statements: list[ast.stmt], joint: Mapping[str, int]) -> list[
 
 
 def _write_effects(statements: list[ast.stmt]) -> list[ast.stmt]:
-    """Write `x[0] = y` for `setitem = operator.setitem(x, 0, y)`, and `x.append(y)` without a name for its result."""
+    """Write `x.append(y)` without a name for its result, where the result is not used."""
     used = {name for statement in statements for name in _get_loads(statement)}
     written: list[ast.stmt] = []
     for statement in statements:
-        is_effect = isinstance(statement, ast.Assign) and not used & set(_get_targets(statement))
-        if is_effect and ast.unparse(statement).partition(" = ")[2].startswith("operator.setitem("):
-            container, key, value = statement.value.args  # type: ignore[attr-defined]
-            target = ast.Subscript(container, key, ast.Store())
-            written.append(ast.fix_missing_locations(ast.Assign([target], value, lineno=0)))
-        elif is_effect and isinstance(statement.value, ast.Call):  # type: ignore[attr-defined]
-            written.append(ast.Expr(statement.value))  # type: ignore[attr-defined]
-        else:
+        targets = _get_targets(statement)
+        if not isinstance(statement, ast.Assign) or not targets or used & set(targets):
             written.append(statement)
+        elif not isinstance(statement.value, ast.Name):
+            written.append(ast.Expr(statement.value))
     return written
 
 

@@ -153,7 +153,7 @@ def _recognise_timm(model: nn.Module) -> Source | None:
     if not config.get("architecture"):
         return None
     name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
-    options = getattr(model, "_model_args", None) or {}
+    options = getattr(model, "_model_args", {"num_classes": getattr(model, "num_classes", None)})
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
         return None
     source = Source("timm", name, options)

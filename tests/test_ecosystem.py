@@ -173,11 +173,11 @@ def test_device_and_type_can_be_changed(trained, x):
 def test_under_autocast_a_fresh_injection_changes_nothing(x):
     model = nets.enliven(timm.create_model("resnet18", num_classes=10)).eval()
     injected = inject(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(model(x), injected(x))
+    for net in (model, injected):
+        net.train()
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            assert torch.equal(model(x), injected(x))
-        for net in (model, injected):
-            net.train()
         left, right = model(x), injected(x)
         assert torch.equal(left, right)
         assert left.dtype == right.dtype

@@ -92,6 +92,15 @@ def test_weights_are_loaded_from_a_file(tmp_path):
     assert network.source.weights == str(tmp_path / "w.pth")
 
 
+def test_weights_are_loaded_from_safetensors(tmp_path):
+    import safetensors.torch
+
+    model = timm.create_model("resnet18")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "w.safetensors")
+    network = open_network("torchvision:resnet18", weights=tmp_path / "w.safetensors")
+    assert torch.equal(network.model.layer4[1].conv2.weight, model.layer4[1].conv2.weight)
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     torch.save(timm.create_model("resnet50").state_dict(), tmp_path / "w.pth")
     with pytest.raises(SourceError, match=r"are not those of ResNet: .* unexpected \(layer1\.0\.conv3\.weight"):

@@ -156,7 +156,7 @@ def _is_self_assignment(statement: ast.stmt) -> bool:
 
 
 class _Prettify(ast.NodeTransformer):
-    """Write `F.relu` for `torch.nn.functional.relu`, and `self.layers[0]` for `getattr(self.layers, "0")`."""
+    """Write `F.relu`, `self.layers[0]` and `x[:, :8]` where torch.fx spells them out."""
 
     def __init__(self, owner: nn.Module, *, has_functional: bool) -> None:
         self._owner, self._has_functional = owner, has_functional
@@ -167,6 +167,8 @@ class _Prettify(ast.NodeTransformer):
         return ast.Name("F", ast.Load()) if is_functional else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Name) and node.func.id == "slice":
+            return ast.Slice(*(None if ast.unparse(a) == "None" else self.visit(a) for a in node.args))
         path = _get_module_path(node)
         self.generic_visit(node)
         if path and path[-1].isdigit():

@@ -157,7 +157,7 @@ def _asks_oddly(function: FunctionType) -> bool:
 def _follows_from_input(node: fx.Node) -> bool:
     if _is_channels(node):
         return False
-    if isinstance(node.meta["value"], Tensor):
+    if isinstance(node.meta["value"], Tensor) or node.op == "placeholder":
         return True
     if node.target is getattr:
         return bool(node.args[1] != "ndim")

@@ -136,7 +136,12 @@ def find_merges(trace: Trace) -> list[Merge]:
             chained.update(operations)
             operations.sort(key=order.__getitem__)
             found.insert(0, _Found(node, operands, operations, _find_fork(operands, order)))
-    merges = [_make_merge(trace, order, merge, index) for index, merge in enumerate(found)]
+    merges: list[Merge] = []
+    gated: set[fx.Node] = set()
+    for index, this in enumerate(found):
+        merges.append(_make_merge(trace, order, this, index, gated))
+        if merges[-1].kind == "residual" and not merges[-1].reason:
+            gated.add(this.node)
     return [_defer(merge, this, merges, found) for merge, this in zip(merges, found, strict=True)]
 
 
@@ -150,9 +155,9 @@ def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found])
     return merge
 
 
-def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: int) -> Merge:
+def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: int, gated: set[fx.Node]) -> Merge:
     node, is_concat = merge.node, _is_concat(merge.node)
-    verdict = _classify_concat(merge.operands) if is_concat else _classify_sum(merge, order)
+    verdict = _classify_concat(merge.operands, gated) if is_concat else _classify_sum(merge, order)
     edges = [(branch, _get_consumer(branch, merge)) for branch in verdict.branches]
     if len(edges) == 1:
         edges = [_skip_scalings(*edges[0], merge)]
@@ -237,8 +242,9 @@ def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
     return _Verdict("residual", chosen, attention)
 
 
-def _classify_concat(operands: list[fx.Node]) -> _Verdict:
+def _classify_concat(operands: list[fx.Node], gated: set[fx.Node]) -> _Verdict:
     computed = tuple(x for x in operands if _count(get_ancestors(x), "layers"))
+    computed = tuple(x for x in computed if x not in gated) or computed  # a sum whose branch is gated needs no more
     from_list = any(_comes_from_list(x) for x in operands)
     if not computed and from_list:
         return _Verdict(

@@ -187,17 +187,18 @@ class ShallowTracer(fx.Tracer):
 
     def _open_argument(self, name: str, value: object) -> object:
         leaves, _ = tree_flatten(value)
-        if not any(isinstance(x, Tensor) for x in leaves):
+        is_default = not any(isinstance(x, Tensor) for x in leaves) and value == self.signature.parameters[name].default
+        if is_default or not any(map(_is_open, leaves)):
             self.fixed[name] = value
             return value
         placeholder = self.create_proxy("placeholder", name, (), {})
         with self._twin.mode:
             fake = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
         placeholder.node.meta.update(value=fake, work=Work(), mutates=())
-        if isinstance(value, Tensor):
+        if _is_open(value):
             return placeholder
-        if any(not isinstance(x, Tensor) for x in leaves):
-            raise TraceError(f"its argument {name!r} holds tensors and other values together")
+        if not all(map(_is_open, leaves)):
+            raise TraceError(f"its argument {name!r} holds tensors or numbers, and other values")
         opened = _open_container(placeholder, fake)
         self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
         return opened
@@ -295,9 +296,14 @@ def _is_proxy(value: object) -> bool:
     return issubclass(type(value), fx.Proxy)
 
 
+def _is_open(value: object) -> bool:
+    """Tell whether an argument may differ from call to call: a tensor, or a number such as a height."""
+    return isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
+
+
 def _open_container(proxy: Any, value: Any) -> Any:
-    """Mirror a list, tuple or dict of tensors with one proxy a tensor."""
-    if isinstance(value, Tensor):
+    """Mirror a list, tuple or dict of tensors and numbers with one proxy each."""
+    if _is_open(value):
         return proxy
     if isinstance(value, dict):
         return type(value)((k, _open_container(proxy[k], v)) for k, v in value.items())

@@ -60,6 +60,14 @@ def test_under_autocast_the_map_keeps_its_type(training):
             assert torch.equal(block(x), x)
 
 
+def test_a_new_block_is_alive_for_every_image():
+    for seed in range(50):
+        torch.manual_seed(seed)
+        block = SqueezeExcite(64, 16)
+        hidden = torch.relu(block.fc1(torch.randn(1, 64, 1, 1).expand(2, -1, -1, -1)))
+        assert int((hidden[0] > 0).sum()) == block.fc1.out_channels // 2
+
+
 def test_w2_learns_from_the_first_step_and_w1_from_the_second():
     block = SqueezeExcite(32)
     x = torch.randn(4, 32, 4, 4)

@@ -43,6 +43,16 @@ def test_layers_in_containers_are_indexed():
     assert "layers_0 = self.layers[0]([x])" in source(nets.Dense())
 
 
+def test_slices_are_written_as_slices():
+    class Sliced(nets.Residual):
+        def forward(self, x):
+            return x[:, :8] + self.branch(x)[:, 8:, ::1]
+
+    text = inspect.getsource(type(inject(Sliced(), r=8, example=torch.zeros(2, 16, 8, 8))))
+    assert "x = x[:, :8]" in text or "out = x[:, :8]" in text
+    assert "[:, 8:, ::1]" in text
+
+
 def test_two_modes_are_two_branches():
     text = source(nets.TrainBranch())
     assert "if self.training:" in text

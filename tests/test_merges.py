@@ -170,6 +170,21 @@ def test_a_concatenation_on_a_gated_branch_is_left_to_its_end():
     assert (labels(residual), residual.reason) == (["up"], "")
 
 
+def test_a_sum_whose_branch_is_gated_is_not_gated_again_where_it_is_joined():
+    class DualPath(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nets.conv(16, 16), nets.conv(16, 12)
+
+        def forward(self, x):
+            out = self.conv2(torch.relu(self.conv1(x)))
+            return torch.cat([x[:, :8] + out[:, :8], x[:, 8:], out[:, 8:]], 1)
+
+    residual, concat = find(DualPath())
+    assert (residual.kind, residual.channels, residual.reason) == ("residual", 8, "")
+    assert (concat.kind, concat.channels, concat.reason) == ("concat", 4, "")
+
+
 def test_a_branch_that_is_written_over_later_is_passed_over():
     assert "is overwritten in place afterwards (mul_)" in find(nets.WrittenOver())[0].reason
 

@@ -67,6 +67,36 @@ def test_a_branch_on_the_mode_is_noticed():
     assert trace(nets.TrainBranch(), (2, 16, 8, 8)).reads_mode
 
 
+class Sized(nets.Residual):
+    """Is handed a height and a width, as transformers hand them on with their tokens."""
+
+    def forward(self, x, size, scale=1.0):
+        height, width = size
+        return x + self.branch(x).flatten(2).view(-1, 16, height, width) * scale
+
+
+def test_numbers_that_are_handed_in_may_differ():
+    class Caller(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.block = nets.conv(3, 16), Sized()
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.block(x, (x.shape[2], x.shape[3]))
+
+    net = Caller()
+    injected = inject(net)
+    for size in (8, 12):
+        assert_same_network(net, injected, torch.randn(2, 3, size, size + 4))
+
+
+def test_a_condition_on_a_number_that_is_handed_in_is_not_followed():
+    odd = type("Odd", (nets.Residual,), {"forward": lambda self, x, n: x + self.branch(x) if n > 3 else x})
+    with pytest.raises(TraceError, match="depends on the size"):
+        trace(odd(), (2, 16, 8, 8), 8)
+
+
 def test_arguments_that_are_no_tensors_are_remembered():
     assert trace(nets.Optional(), (2, 16, 8, 8)).fixed == {"shortcut": None, "children": None, "scale": 1.0}
 

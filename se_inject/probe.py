@@ -120,7 +120,8 @@ def check_model(model: nn.Module) -> None:
             raise ModelError("the model is scripted (TorchScript); inject first, script after")
         if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
             raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
-        if "quantized" in kind.__module__.split("."):
+        # A FloatFunctional stands in float networks that are to be quantised later, torchvision's quantizable ones.
+        if "quantized" in kind.__module__.split(".") and kind.__name__ != "FloatFunctional":
             raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
         if isinstance(vars(module).get("forward"), types.FunctionType):
             raise ModelError(

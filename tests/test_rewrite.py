@@ -335,6 +335,14 @@ def test_generated_classes_do_not_keep_models_alive():
     assert weight() is None
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_float_network_that_is_to_be_quantised_later_works():
+    model = torchvision.models.quantization.resnet18(weights=None, num_classes=4)
+    injected = inject(model)
+    assert len(blocks(injected)) == 8
+    assert_same_network(model, injected, torch.randn(2, 3, 64, 64))
+
+
 def test_weight_normalised_layers_work(x):
     net = nets.wrap(nets.Residual())
     torch.nn.utils.parametrizations.weight_norm(net[1].conv1)

@@ -5,6 +5,8 @@ Takes feature maps, gives the same maps with every channel scaled by its gate. K
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +37,9 @@ class SqueezeExcite(nn.Module):
 
     Shape:
         One map (N, C, H, W) gives one map (N, C, H, W). Several maps (N, C_i, H, W), with the C_i adding up to
-        `channels`, are squeezed together and give a tuple of the same maps, each scaled by its part of the gate.
+        `channels`, are squeezed together and give a tuple of the same maps, each scaled by its part of the gate. With
+        `num_spatial` of 1 or 3 the maps are (N, C, L) or (N, C, D, H, W); with `channel_dim=-1` the channels come last,
+        (N, H, W, C) or (N, L, C).
 
     Args:
         channels: C, the number of channels of the map, or of all maps together.
@@ -43,6 +47,8 @@ class SqueezeExcite(nn.Module):
         divisor: `channels / r` is rounded to a multiple of this.
         bias: Whether the two layers have biases.
         gain: The factor before the sigmoid.
+        num_spatial: How many spatial dimensions a map has: 1, 2 or 3.
+        channel_dim: The dimension of the channels: 1, or -1 for channels-last activations.
         device: Where the parameters are made.
         dtype: The parameters' type.
 
@@ -61,11 +67,14 @@ class SqueezeExcite(nn.Module):
         divisor: int = 8,
         bias: bool = True,
         gain: float = GAIN,
+        num_spatial: int = 2,
+        channel_dim: Literal[1, -1] = 1,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.channels, self.r, self.gain = channels, r, gain
+        self.num_spatial, self.channel_dim = num_spatial, channel_dim
         hidden = count_hidden(channels, r, divisor=divisor)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=bias, device=device, dtype=dtype)
@@ -87,23 +96,29 @@ class SqueezeExcite(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def compute_gate(self, *maps: Tensor) -> Tensor:
-        """Compute the gate (N, C, 1, 1) of maps (N, C_i, H, W), joined along C."""
-        squeezed = [x.mean((2, 3), keepdim=True) for x in maps]
+        """Compute the gate (N, C) of maps (N, C_i, ...), joined along C."""
+        first = 2 if self.channel_dim == 1 else 1
+        squeezed = [x.mean(tuple(range(first, first + self.num_spatial))) for x in maps]
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(squeezed, 1)
-        return self.gain * torch.sigmoid(self.fc2(F.relu(self.fc1(z))))
+        return self.gain * torch.sigmoid(self.fc2(F.relu(self.fc1(z[:, :, None, None])))).flatten(1)
 
     def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Scale one map, or several that are squeezed together; see the class for the shapes."""
         gate = self.compute_gate(*maps)
-        # Under autocast the gate and a map can differ in dtype; without the cast the product would be promoted.
         if len(maps) == 1:
-            return maps[0] * gate.to(maps[0].dtype)
-        gates = torch.split(gate, [x.shape[1] for x in maps], 1)
-        return tuple(x * g.to(x.dtype) for x, g in zip(maps, gates, strict=True))
+            return self._scale(maps[0], gate)
+        gates = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
+        return tuple(self._scale(x, part) for x, part in zip(maps, gates, strict=True))
+
+    def _scale(self, x: Tensor, gate: Tensor) -> Tensor:
+        for _ in range(self.num_spatial):
+            gate = gate.unsqueeze(-1 if self.channel_dim == 1 else 1)
+        # Under autocast the gate and a map can differ in dtype; without the cast the product would be promoted.
+        return x * gate.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""
-        return f"{self.channels}, {self.r:g}"
+        return f"{self.channels}, {self.r:g}" + (", channel_dim=-1" if self.channel_dim == -1 else "")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

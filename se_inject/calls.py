@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from se_inject.errors import PlanError, TraceError
+from se_inject.operations import find_channel_dim, set_channel_dim
 from se_inject.probe import Call, Twin, get_dtype
 
 
@@ -48,7 +49,7 @@ def _encode(value: Any, dtype: torch.dtype) -> Any:
         return value
     if isinstance(value, Tensor):
         name = "model" if value.dtype == dtype else str(value.dtype).removeprefix("torch.")
-        return {"tensor": list(value.shape), "dtype": name}
+        return {"tensor": list(value.shape), "dtype": name, "channel_dim": find_channel_dim(value)}
     if type(value) in (list, tuple):
         return {type(value).__name__: [_encode(x, dtype) for x in value]}
     if isinstance(value, dict) and all(isinstance(k, str) for k in value):
@@ -64,7 +65,7 @@ def _decode(value: Any, twin: Twin) -> Any:
         dtype = get_dtype(twin.model) if name == "model" else getattr(torch, name, None)
         if not isinstance(dtype, torch.dtype):
             raise PlanError(f"not a plan of se-inject: {name!r} is no type of a tensor")
-        return twin.make_tensor(value["tensor"], dtype)
+        return set_channel_dim(twin.make_tensor(value["tensor"], dtype), value.get("channel_dim"))
     if "dict" in value:
         return {k: _decode(v, twin) for k, v in value["dict"].items()}
     kind, items = next(iter(value.items()))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
-from se_inject.operations import get_channel_dim, is_map
+from se_inject.operations import find_channel_dim, get_channel_dim, is_map
 
 CONSTANT = "_tensor_constant"
 """What torch.fx calls the tensors that code makes while it runs."""
@@ -169,14 +169,18 @@ def _follows_from_input(node: fx.Node) -> bool:
 def _is_channels(node: fx.Node) -> bool:
     """Tell whether a node is the number of channels of a map (N, C, H, W): `x.shape[1]` or `x.size(1)`."""
     source: Any = None
-    if node.target is operator.getitem and node.args[1] == 1 and isinstance(node.args[0], fx.Node):
-        shape = node.args[0]
+    shape: Any = None
+    dim: Any = None
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        shape, dim = node.args
         is_shape = shape.target is getattr and shape.args[1] == "shape"
         source = shape.args[0] if is_shape or (shape.op == "call_method" and shape.target == "size") else None
-    elif node.op == "call_method" and node.target == "size" and node.args[1:] == (1,):
-        source = node.args[0]
+    elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
+        source, dim = node.args
     value = source.meta["value"] if isinstance(source, fx.Node) else None
-    return bool(is_map(value) and get_channel_dim(value) == 1)
+    if not is_map(value) or not isinstance(dim, int) or (find_channel_dim(value) is None and value.ndim != 4):
+        return False
+    return dim % value.ndim == get_channel_dim(value)
 
 
 def _get_own_tensors(owner: nn.Module) -> list[Tensor]:

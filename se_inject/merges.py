@@ -48,6 +48,8 @@ class Merge:
         node: The operation's node in the graph.
         code: The line of the owner's source, or the node's name where the line cannot be shown.
         operations: The nodes that it stands for, the last of them `node`; a sum of three is two additions.
+        num_spatial: How many spatial dimensions the maps have.
+        channel_dim: Where the maps have their channels: 1, or -1 for (N, H, W, C).
         branches: The operands to gate, in the order of the merge.
         reason: Why it cannot receive a block; empty if it can.
     """
@@ -58,6 +60,8 @@ class Merge:
     node: str
     code: str
     operations: tuple[str, ...]
+    num_spatial: int
+    channel_dim: Literal[1, -1]
     branches: tuple[Branch, ...]
     reason: str = ""
 
@@ -164,8 +168,11 @@ def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: i
     reason = verdict.reason or next(filter(None, (find_overwriting(trace, *edge) for edge in edges)), "")
     if len(edges) > 1:
         reason = reason or find_writing_between(trace, merge.operations, merge.operands)
-    if get_channel_dim(node.meta["value"]) != 1:
-        reason = "its maps are channels-last (N, H, W, C)"
+    layouts = {get_channel_dim(x.meta["value"]) for x in (node, *(branch for branch, _ in edges))}
+    dim = layouts.pop()
+    is_last = dim == node.meta["value"].ndim - 1
+    if not reason and (layouts or not (is_last or dim == 1)):
+        reason = "its maps are laid out in different ways"
     return Merge(
         entry=trace.entry,
         index=index,
@@ -173,7 +180,9 @@ def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: i
         node=node.name,
         code=node.meta.get("code") or node.name,
         operations=tuple(n.name for n in merge.operations),
-        branches=tuple(Branch(b.name, c.name, b.meta["value"].shape[1], get_label(b)) for b, c in edges),
+        num_spatial=node.meta["value"].ndim - 2,
+        channel_dim=-1 if is_last else 1,
+        branches=tuple(Branch(b.name, c.name, b.meta["value"].shape[dim], get_label(b)) for b, c in edges),
         reason=reason,
     )
 

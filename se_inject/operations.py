@@ -28,7 +28,8 @@ ACTIVATIONS = frozenset(
     "softplus prelu rrelu threshold clamp clamp_min relu_ leaky_relu_ elu_ selu_ celu_ hardtanh_ sigmoid_ tanh_ rrelu_ "
     "threshold_ clamp_ clamp_min_".split()
 )
-_MAP_NDIM = 4
+_MAP_NDIMS = (3, 4, 5)
+_LAYOUT = "se_inject_channel_dim"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class MergeCall:
 
     kind: MergeKind
     shape: tuple[int, ...]
-    """Shape of the joined map, (N, C, H, W)."""
+    """Shape of the joined map, (N, C, H, W) or another of `is_map`."""
 
 
 @dataclass
@@ -61,14 +62,30 @@ class Work:
 
 
 def is_map(value: object) -> TypeGuard[Tensor]:
-    """Tell whether a value is a feature map: a floating point tensor of shape (N, C, H, W)."""
-    return isinstance(value, Tensor) and value.ndim == _MAP_NDIM and value.is_floating_point()
+    """Tell whether a value is a feature map: a floating point tensor (N, C, L), (N, C, H, W) or (N, C, D, H, W).
+
+    Tokens (N, L, C) and channels-last maps (N, H, W, C) count; `get_channel_dim` tells the layout.
+    """
+    return isinstance(value, Tensor) and value.ndim in _MAP_NDIMS and value.is_floating_point()
+
+
+def find_channel_dim(value: Tensor) -> int | None:
+    """Tell which dimension holds the channels, if `Watch` saw an operation that tells; None otherwise."""
+    dim: int | None = getattr(value, _LAYOUT, None)
+    return dim
+
+
+def set_channel_dim(value: Tensor, dim: int | None) -> Tensor:
+    """Note on a tensor which dimension holds its channels, and return it."""
+    if dim is not None:
+        setattr(value, _LAYOUT, dim)
+    return value
 
 
 def get_channel_dim(value: Tensor) -> int:
-    """Tell which dimension holds the channels: 1, unless `Watch` saw the map being made with another layout."""
-    dim: int = getattr(value, "se_inject_channel_dim", 1)
-    return dim
+    """Tell which dimension holds the channels: 1, unless `Watch` saw that the map was made with another layout."""
+    dim = find_channel_dim(value)
+    return 1 if dim is None else dim
 
 
 class Watch(TorchFunctionMode):
@@ -122,34 +139,42 @@ def _recognise_merge(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], r
 
 
 def _is_attention(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    # SK and ResNeSt weigh several branches at once, (N, branches, C, H, W).
-    operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim >= _MAP_NDIM]
-    return len(operands) == 2 and any(
-        _is_gate(gate, x) for gate, x in (operands, reversed(operands)) if gate.shape[:-2] == x.shape[:-2]
-    )
+    operands = [x for x in (*args, *kwargs.values()) if is_map(x)]
+    return len(operands) == 2 and (_is_gate(*operands) or _is_gate(*reversed(operands)))
 
 
 def _is_gate(gate: Tensor, x: Tensor) -> bool:
+    """Tell whether a tensor has one number an image and channel of a map, and none a position."""
+    if gate.ndim != x.ndim or gate.shape[0] != x.shape[0] or x.shape[0] == 1:
+        return False
     # An expanded gate has the shape of the map, but its spatial strides are zero.
-    flat = all(size == 1 or stride == 0 for size, stride in zip(gate.shape[-2:], gate.stride()[-2:], strict=True))
-    return flat and x.shape[-2:].numel() > 1 and gate.shape[0] > 1 and gate.shape[1:].numel() > 1
+    flat = {d for d in range(1, x.ndim) if x.shape[d] > 1 and (gate.shape[d] == 1 or gate.stride(d) == 0)}
+    own = {d for d in range(1, x.ndim) if gate.shape[d] == x.shape[d] > 1} - flat
+    # SK and ResNeSt weigh several branches at once, (N, branches, C, H, W).
+    return get_channel_dim(x) in own and len(flat) >= min(2, x.ndim - 2)
 
 
 def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> None:
-    source = next((x for x in args if isinstance(x, Tensor) and x.ndim >= 3), None)
-    dim = 1
+    """Note on a result which dimension holds its channels, where the operation or an operand tells."""
+    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    source = next((x for x in given if find_channel_dim(x) is not None), None)
+    dim: int | None = None
     if name in LINEARS or name in ("layer_norm", "rms_norm"):
         dim = result.ndim - 1
-    elif source is None or name in CONVOLUTIONS or name in NORMS:
+    elif name in CONVOLUTIONS or name in NORMS:
         dim = 1
+    elif source is None:
+        return
     elif name in ("permute", "transpose", "movedim", "swapaxes", "swapdims") and source.ndim == result.ndim:
-        dim = _follow_permutation(name, tree_leaves((args[1:], kwargs)), get_channel_dim(source), result.ndim)
+        rest = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, int)]
+        dim = _follow_permutation(name, rest, get_channel_dim(source), result.ndim)
     elif source.ndim == result.ndim:
         dim = get_channel_dim(source)
     elif get_channel_dim(source) == source.ndim - 1 and source.shape[-1] == result.shape[-1]:
         dim = result.ndim - 1  # tokens (N, L, C) laid out as (N, H, W, C), and back
-    if dim != get_channel_dim(result):
-        result.se_inject_channel_dim = dim  # type: ignore[attr-defined]
+    else:
+        dim = 1
+    set_channel_dim(result, dim)
 
 
 def _follow_permutation(name: str, dims: list[int], channel_dim: int, ndim: int) -> int:

@@ -38,6 +38,8 @@ class Site:
         hidden: Outputs of the squeezing layer W1.
         r: The reduction ratio.
         num_merges: How many executed operations of the probe's pass the site stands for.
+        num_spatial: How many spatial dimensions the maps have.
+        channel_dim: Where the maps have their channels: 1, or -1 for channels-last activations.
     """
 
     owner: str
@@ -51,6 +53,8 @@ class Site:
     hidden: int
     r: float
     num_merges: int
+    num_spatial: int = 2
+    channel_dim: Literal[1, -1] = 1
 
     @property
     def path(self) -> str:

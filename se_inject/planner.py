@@ -171,6 +171,8 @@ def _compare(site: Site, merges: list[Merge], divisor: int) -> str:
     merge = merges[site.index] if 0 <= site.index < len(merges) else None
     if merge is None:
         return f"it says {site.kind} number {site.index}, found {len(merges)} merges"
+    if (merge.num_spatial, merge.channel_dim) != (site.num_spatial, site.channel_dim):
+        return "the maps have other dimensions"
     if (merge.kind, merge.channels) != (site.kind, site.channels):
         return f"it says {site.kind} of {site.channels} channels, found {merge.kind} of {merge.channels}"
     if not site.r >= 1 or site.hidden != count_hidden(site.channels, site.r, divisor=divisor):
@@ -219,6 +221,8 @@ def _make_site(merge: Merge, name: str, num_merges: int) -> Site:
         hidden=0,
         r=DEFAULT_R,
         num_merges=num_merges,
+        num_spatial=merge.num_spatial,
+        channel_dim=merge.channel_dim,
     )
 
 
@@ -296,7 +300,7 @@ def _set_ratios(sites: list[Site], ratios: dict[str, float], divisor: int) -> li
 def _explain_empty(plan: Plan) -> str:
     if not plan.passed_over:
         return (
-            f"{plan.model} has no merge: no residual addition or channel concatenation of feature maps (N, C, H, W) "
+            f"{plan.model} has no merge: no residual addition or channel concatenation of feature maps (N, C, ...) "
             f"ran, so there is no place for a block"
         )
     reasons = "; ".join(f"{num} x {kind}: {reason}" for (kind, reason), num in plan.count_reasons().items())

@@ -29,7 +29,12 @@ from se_inject.operations import MergeCall, Watch
 METHODS = ("forward", "forward_features")
 """Methods that are entered from outside and so are rewritten on their own (timm's networks have both)."""
 
-_USUAL_SIZES = (224, 32, 64, 128, 256, 299, 384, 512, 28)
+# By the number of spatial dimensions: lengths (audio, ECG), images, and clips or volumes.
+_USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
+    1: [(n,) for n in (1024, 4096, 16000, 5000, 256, 128)],
+    2: [(n, n) for n in (224, 32, 64, 128, 256, 299, 384, 512, 28)],
+    3: [(16, 112, 112), (8, 64, 64), (32, 32, 32), (64, 64, 64), (16, 224, 224)],
+}
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
         return Probe(make_twin(model, twin.mode), visits, call)
     hint = "give example= with the shape that it is trained on"
     if not failures:
-        raise ExampleError(f"{type(model).__name__} has no 2-D convolution to tell its input channels; {hint}")
+        raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; {hint}")
     first, reason = failures[0]
     message = f"{type(model).__name__} does not run on an input of {_describe(first)}: {_first_line(reason)}; {hint}"
     raise ExampleError(message) from reason
@@ -305,15 +310,15 @@ def _fake_example(twin: Twin, example: object) -> Call:
 
 
 def _propose_examples(twin: Twin) -> Iterator[Call]:
-    stem = next((m for m in twin.model.modules() if isinstance(m, nn.Conv2d)), None)
+    stem = next((m for m in twin.model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
     if stem is None:
         return
     config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
     known = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
-    sizes = [(s, s) for s in _USUAL_SIZES]
+    sizes: list[tuple[int, ...]] = list(_USUAL_SIZES[len(stem.kernel_size)])
     channels = [stem.in_channels]
     if known is not None:
-        sizes.insert(0, tuple(known[-2:]))
+        sizes.insert(0, tuple(known[1:]))
         channels.append(known[0])  # the first convolution sees more where a network folds space into channels
     for size in dict.fromkeys(sizes):
         for num in dict.fromkeys((*channels, 3, 1)):

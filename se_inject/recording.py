@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.errors import TraceError
 from se_inject.faithful import check_output, get_modes
-from se_inject.operations import Watch, Work
+from se_inject.operations import Watch, Work, find_channel_dim, set_channel_dim
 from se_inject.probe import Call, Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
@@ -193,7 +193,9 @@ class ShallowTracer(fx.Tracer):
             return value
         placeholder = self.create_proxy("placeholder", name, (), {})
         with self._twin.mode:
-            fake = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
+            fake = tree_map(
+                lambda x: set_channel_dim(x.clone(), find_channel_dim(x)) if isinstance(x, Tensor) else x, value
+            )
         placeholder.node.meta.update(value=fake, work=Work(), mutates=())
         if _is_open(value):
             return placeholder

@@ -192,7 +192,14 @@ def _make_block(site: Site, plan: Plan, model: nn.Module) -> SqueezeExcite:
         )
     home = owner if any(p.is_floating_point() for p in owner.parameters()) else model
     return SqueezeExcite(
-        site.channels, site.r, divisor=plan.divisor, bias=plan.bias, device=get_device(home), dtype=get_dtype(home)
+        site.channels,
+        site.r,
+        divisor=plan.divisor,
+        bias=plan.bias,
+        num_spatial=site.num_spatial,
+        channel_dim=site.channel_dim,
+        device=get_device(home),
+        dtype=get_dtype(home),
     )
 
 

@@ -43,7 +43,16 @@ def test_a_network_of_timm_is_saved_and_loaded(tmp_path, x, suffix):
     assert torch.equal(load(tmp_path / f"twice{suffix}")(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["torchvision:googlenet", "torchvision:shufflenet_v2_x0_5", "timm:densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision:googlenet",
+        "torchvision:shufflenet_v2_x0_5",
+        "timm:densenet121",
+        "timm:mambaout_femto",
+        "timm:vovnet39a",
+    ],
+)
 def test_a_network_of_a_name_is_saved_and_loaded(tmp_path, name):
     x = torch.randn(1, 3, 96, 96)
     network = open_network(name, pretrained=False, num_classes=4)

@@ -31,6 +31,31 @@ def test_several_maps_are_squeezed_together():
 
 
 @pytest.mark.parametrize(
+    ("shape", "channel_dim", "axes"),
+    [
+        ((2, 16, 9), 1, (2,)),
+        ((2, 16, 4, 5), 1, (2, 3)),
+        ((2, 16, 3, 4, 5), 1, (2, 3, 4)),
+        ((2, 4, 5, 16), -1, (1, 2)),
+        ((2, 9, 16), -1, (1,)),
+    ],
+)
+def test_the_right_dimensions_are_squeezed(shape, channel_dim, axes):
+    block = SqueezeExcite(16, 2, num_spatial=len(axes), channel_dim=channel_dim)
+    x = torch.randn(shape)
+    assert torch.equal(block(x), x)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter)
+    hidden = torch.relu(x.mean(axes) @ block.fc1.weight[:, :, 0, 0].T + block.fc1.bias)
+    gate = 2 * torch.sigmoid(hidden @ block.fc2.weight[:, :, 0, 0].T + block.fc2.bias)
+    expected = x.movedim(channel_dim, 1) * gate.view(2, 16, *[1] * len(axes))
+    torch.testing.assert_close(block(x), expected.movedim(1, channel_dim))
+    left, right = SqueezeExcite(32, num_spatial=len(axes), channel_dim=channel_dim)(x, x)
+    assert torch.equal(left, x)
+    assert torch.equal(right, x)
+
+
+@pytest.mark.parametrize(
     ("channels", "r", "divisor", "expected"),
     [(256, 16, 8, 16), (64, 16, 8, 8), (64, 16, 1, 4), (200, 16, 8, 16), (24, 16, 8, 8), (320, 16, 8, 24)],
 )

@@ -146,13 +146,31 @@ def test_a_branch_without_a_convolution_is_passed_over():
     assert only(Pooled()).reason == "its branch holds no convolution"
 
 
-def test_channels_last_activations_are_passed_over():
+def test_channels_last_activations_have_their_channels_last():
     class Last(nets.Residual):
         def forward(self, x):
             y = self.branch(x).permute(0, 2, 3, 1)
             return x.permute(0, 2, 3, 1) + y
 
-    assert only(Last()).reason == "its maps are channels-last (N, H, W, C)"
+    merge = only(Last(), (2, 16, 8, 10))
+    assert (merge.channel_dim, merge.channels, merge.reason) == (-1, 16, "")
+
+
+def test_tokens_have_their_channels_last_and_maps_made_of_them_too():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.conv = nn.Linear(16, 16), nets.conv(16, 16)
+
+        def forward(self, x):
+            tokens = self.fc(x.flatten(2).transpose(1, 2))
+            last = tokens.view(-1, 8, 10, 16)
+            back = tokens.transpose(1, 2).reshape(-1, 16, 8, 10)
+            return last + self.conv(back).permute(0, 2, 3, 1), back + self.conv(torch.relu(self.conv(back)))
+
+    last, first = find(Tokens(), (2, 16, 8, 10))
+    assert (last.channel_dim, last.channels) == (-1, 16)
+    assert (first.channel_dim, first.channels) == (1, 16)
 
 
 def test_a_concatenation_on_a_gated_branch_is_left_to_its_end():

@@ -335,6 +335,40 @@ def test_generated_classes_do_not_keep_models_alive():
     assert weight() is None
 
 
+@pytest.mark.parametrize("dims", [1, 3])
+def test_signals_and_volumes_get_blocks_too(dims):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[dims - 1]
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.norm1, self.conv2 = conv(16, 16, 3, padding=1), norm(16), conv(16, 16, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv2(torch.relu(self.norm1(self.conv1(x))))
+
+    net = nn.Sequential(conv(2, 16, 3, padding=1), Block(), nn.Flatten(2), nn.AdaptiveAvgPool1d(1))
+    injected = inject(net)
+    assert list(blocks(injected)) == ["1.se"]
+    assert_same_network(net, injected, torch.randn(2, 2, *[9] * dims))
+    assert injected[1].se.fc2.weight.grad.any()
+
+
+def test_torchvisions_video_networks_get_blocks():
+    model = nets.enliven(torchvision.models.video.r3d_18(weights=None, num_classes=4))
+    injected = inject(model)
+    assert len(blocks(injected)) == 8
+    assert_same_network(model, injected, torch.randn(2, 3, 4, 32, 32))
+
+
+def test_channels_last_blocks_squeeze_height_and_width():
+    model = nets.enliven(timm.create_model("mambaout_femto", num_classes=4))
+    injected = inject(model)
+    assert {block.channel_dim for block in blocks(injected).values()} == {-1}
+    assert_same_network(model, injected, torch.randn(2, 3, 64, 64))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_float_network_that_is_to_be_quantised_later_works():
     model = torchvision.models.quantization.resnet18(weights=None, num_classes=4)

@@ -1,10 +1,11 @@
-"""Calls in plain values, so that a plan can record what an owner was called with and replay it.
+"""Entries and calls: where a merge is written, and what that code was called with.
 
-Takes a probe's `Call`, gives JSON values, and back. Knows nothing of graphs and sites.
+Calls turn into plain values and back, so that a plan can record and replay them. Knows nothing of graphs and sites.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,35 @@ from torch.utils._pytree import tree_flatten
 
 from se_inject.errors import PlanError, TraceError
 from se_inject.operations import find_channel_dim, set_channel_dim
-from se_inject.probe import Call, Twin, get_dtype
+from se_inject.twin import Twin, get_dtype
+
+METHODS = ("forward", "forward_features")
+"""Methods that are entered from outside and so are rewritten on their own (timm's networks have both)."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of a module: the place in the code where a merge is written."""
+
+    path: str
+    method: str = "forward"
+
+    @property
+    def key(self) -> str:
+        """Name of the entry in a plan's calls."""
+        return f"{self.path}:{self.method}"
+
+    def __str__(self) -> str:
+        path = self.path or "(root)"
+        return path if self.method == "forward" else f"{path}.{self.method}()"
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call; tensors are fake."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def encode_call(call: Call, dtype: torch.dtype) -> Any:

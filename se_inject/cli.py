@@ -114,15 +114,8 @@ def run_inject(
 
     check_target(out)  # before a download and not after it
     network, source = _open(model, weights, pretrained, num_classes, trust_source)
-    injected = inject(
-        network,
-        r=_read_ratios(r),
-        divisor=divisor,
-        bias=bias,
-        include=include or (),
-        exclude=exclude or (),
-        inplace=True,
-    )
+    ratios, only, without = _read_ratios(r), include or (), exclude or ()
+    injected = inject(network, r=ratios, divisor=divisor, bias=bias, include=only, exclude=without, inplace=True)
     save(injected, out, source=source)
     plan = get_plan(injected)
     before, after = compare_costs(injected, plan)
@@ -156,15 +149,8 @@ def run_plan(
 
     network, source = _open(model, weights, pretrained, num_classes, trust_source)
     if find_plan(network) is None:  # an artifact shows the plan that it was made with
-        network = inject(
-            network,
-            r=_read_ratios(r),
-            divisor=divisor,
-            bias=bias,
-            include=include or (),
-            exclude=exclude or (),
-            inplace=True,
-        )
+        ratios, only, without = _read_ratios(r), include or (), exclude or ()
+        network = inject(network, r=ratios, divisor=divisor, bias=bias, include=only, exclude=without, inplace=True)
     plan = get_plan(network)
     before, after = compare_costs(network, plan)
     if as_json:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from se_inject.calls import decode_call
+from se_inject.calls import Entry, decode_call
 from se_inject.plan import Plan
-from se_inject.probe import Entry, Twin, make_twin, set_training
 from se_inject.rewrite import blocks
+from se_inject.twin import Twin, make_twin, set_training
 
 
 @dataclass(frozen=True)

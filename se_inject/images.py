@@ -14,10 +14,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
+from se_inject.calls import Entry
 from se_inject.errors import ExampleError, OptionError
 from se_inject.plan import Plan
-from se_inject.probe import Entry, get_device, get_dtype, set_training
 from se_inject.sources import Source
+from se_inject.twin import get_device, get_dtype, set_training
 
 _DEFAULT_SIZE = (3, 224, 224)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -6,18 +6,17 @@ Changes nothing.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor, fx
 
+from se_inject.calls import Call, Entry
+from se_inject.classify import FoundMerge, Kind, classify_concat, classify_sum
 from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors, get_label
 from se_inject.operations import CONCATENATIONS, PRODUCTS, get_channel_dim, is_map
-from se_inject.probe import Call, Entry, Twin
 from se_inject.tracing import Trace, trace_entry
-
-Kind = Literal["residual", "concat", "fusion"]
+from se_inject.twin import Twin
 
 # What dropout, drop path and layer scale are made of: elementwise, and without anything learned but a scale.
 _SCALINGS = PRODUCTS | frozenset(
@@ -72,24 +71,6 @@ class Merge:
 
 
 @dataclass(frozen=True)
-class _Verdict:
-    kind: Kind
-    branches: tuple[fx.Node, ...] = ()
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A merge in the graph: its node, what it joins, and the operations that it stands for."""
-
-    node: fx.Node
-    operands: list[fx.Node]
-    operations: list[fx.Node]
-    fork: fx.Node | None
-    """The last tensor that all operands were computed from."""
-
-
-@dataclass(frozen=True)
 class Inspection:
     """What an entry's code does: its graph and merges, once, or once a mode if the code reads `self.training`."""
 
@@ -133,13 +114,13 @@ def find_merges(trace: Trace) -> list[Merge]:
     """
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     chained: set[fx.Node] = set()
-    found: list[_Found] = []
+    found: list[FoundMerge] = []
     for node in reversed(list(trace.graph.nodes)):
         if _is_merge(node) and node not in chained:
             operands, operations = _collect_operands(node)
             chained.update(operations)
             operations.sort(key=order.__getitem__)
-            found.insert(0, _Found(node, operands, operations, _find_fork(operands, order)))
+            found.insert(0, FoundMerge(node, operands, operations, _find_fork(operands, order)))
     merges: list[Merge] = []
     gated: set[fx.Node] = set()
     for index, this in enumerate(found):
@@ -149,7 +130,7 @@ def find_merges(trace: Trace) -> list[Merge]:
     return [_defer(merge, this, merges, found) for merge, this in zip(merges, found, strict=True)]
 
 
-def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found]) -> Merge:
+def _defer(merge: Merge, this: FoundMerge, merges: list[Merge], found: list[FoundMerge]) -> Merge:
     """Pass over a concatenation on the branch of a residual block: the branch is gated once, at its end."""
     for later, other in zip(merges, found, strict=True):
         is_inside = this.node is not other.node and this.node in get_ancestors(other.node)
@@ -159,9 +140,9 @@ def _defer(merge: Merge, this: _Found, merges: list[Merge], found: list[_Found])
     return merge
 
 
-def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: _Found, index: int, gated: set[fx.Node]) -> Merge:
+def _make_merge(trace: Trace, order: dict[fx.Node, int], merge: FoundMerge, index: int, gated: set[fx.Node]) -> Merge:
     node, is_concat = merge.node, _is_concat(merge.node)
-    verdict = _classify_concat(merge.operands, gated) if is_concat else _classify_sum(merge, order)
+    verdict = classify_concat(merge.operands, gated) if is_concat else classify_sum(merge, order)
     edges = [(branch, _get_consumer(branch, merge)) for branch in verdict.branches]
     if len(edges) == 1:
         edges = [_skip_scalings(*edges[0], merge)]
@@ -224,91 +205,14 @@ def _find_fork(operands: list[fx.Node], order: dict[fx.Node, int]) -> fx.Node | 
     return max((n for n in common if isinstance(n.meta["value"], Tensor)), key=order.__getitem__, default=None)
 
 
-def _classify_sum(merge: _Found, order: dict[fx.Node, int]) -> _Verdict:
-    operands, fork = merge.operands, merge.fork
-    above = [get_ancestors(x) for x in operands]
-    since = [nodes - (get_ancestors(fork) if fork else set()) for nodes in above]
-    layers = [_measure_depth(nodes, order) for nodes in since]
-
-    bypassing = {i for i, x in enumerate(operands) if any(x in above[j] for j in range(len(operands)) if j != i)}
-    if bypassing or fork is not None:
-        shortest = {i for i, n in enumerate(layers) if n == min(layers) < max(layers)}
-        shortcuts = bypassing | shortest
-    else:  # nothing in common: an argument that is handed on bypasses what is computed from another argument
-        shortcuts = {i for i, n in enumerate(layers) if n == 0}
-        if _are_from_one_list(operands):
-            return _Verdict("fusion", reason="its operands are peers from one list, neither bypasses the other")
-    branches = [i for i in range(len(operands)) if i not in shortcuts]
-    if not branches or not shortcuts:
-        return _Verdict("fusion", reason="neither operand is a shortcut of the other")
-    linear = max(layers) <= 1 and not any(_count(nodes, "activations") for nodes in since)
-    if linear and (len(branches) > 1 or any(_count(since[i], "norms") for i in shortcuts)):
-        return _Verdict("fusion", reason="parallel linear layers, as in a re-parameterised block")
-    chosen = tuple(operands[i] for i in branches)
-    if not all(_count(since[i], "convolutions") for i in branches):
-        return _Verdict("residual", chosen, "its branch holds no convolution")
-    attention = next(filter(None, (_find_attention(since[i]) for i in branches)), "")
-    return _Verdict("residual", chosen, attention)
-
-
-def _classify_concat(operands: list[fx.Node], gated: set[fx.Node]) -> _Verdict:
-    computed = tuple(x for x in operands if _count(get_ancestors(x), "layers"))
-    computed = tuple(x for x in computed if x not in gated) or computed  # a sum whose branch is gated needs no more
-    from_list = any(_comes_from_list(x) for x in operands)
-    if not computed and from_list:
-        return _Verdict(
-            "concat", reason="it joins a list that it is handed; those features are merged again by its parent"
-        )
-    branches = computed or tuple(operands)
-    common = set.intersection(*(get_ancestors(x) for x in operands))
-    attention = next(filter(None, (_find_attention(get_ancestors(x) - common) for x in computed)), "")
-    return _Verdict("concat", tuple(dict.fromkeys(branches)), attention)
-
-
-def _count(nodes: set[fx.Node], what: Literal["layers", "convolutions", "norms", "activations"]) -> int:
-    return sum(getattr(n.meta["work"], what) for n in nodes)
-
-
-def _measure_depth(nodes: set[fx.Node], order: dict[fx.Node, int]) -> int:
-    """Measure the largest number of layers that one of the nodes' values passes through."""
-    depth: dict[fx.Node, int] = {}
-    for node in sorted(nodes, key=order.__getitem__):
-        depth[node] = node.meta["work"].layers + max((depth.get(n, 0) for n in node.all_input_nodes), default=0)
-    return max(depth.values(), default=0)
-
-
-def _find_attention(nodes: set[fx.Node]) -> str:
-    for node in nodes:
-        # A child that merges maps of its own is a stretch of network, not a layer of this branch; CBAM, which sums
-        # squeezed vectors and joins a mean and a maximum over the channels, is still one layer.
-        merges = [m for m in node.meta["work"].merges if m.shape[2:] != (1, 1) and m.shape[1] > 2]
-        if node.meta["work"].attentions and not (node.op == "call_module" and merges):
-            return f"its branch already carries channel attention ({get_label(node)})"
-    return ""
-
-
-def _comes_from_list(node: fx.Node) -> bool:
-    return (
-        node.target is operator.getitem
-        and isinstance(node.args[0], fx.Node)
-        and node.args[0].op == "placeholder"
-        and (not isinstance(node.args[0].meta["value"], Tensor))
-    )
-
-
-def _are_from_one_list(operands: list[fx.Node]) -> bool:
-    lists = [{n.args[0] for n in get_ancestors(x) if _comes_from_list(n)} for x in operands]
-    return bool(set.intersection(*lists))
-
-
-def _skip_scalings(branch: fx.Node, consumer: fx.Node, merge: _Found) -> tuple[fx.Node, fx.Node]:
+def _skip_scalings(branch: fx.Node, consumer: fx.Node, merge: FoundMerge) -> tuple[fx.Node, fx.Node]:
     """Walk back over drop path, dropout and layer scale to the last layer; return it and what consumes it."""
     while (source := _get_scaled(branch)) is not None and source not in merge.operands:
         branch, consumer = source, branch
     return branch, consumer
 
 
-def _get_consumer(operand: fx.Node, merge: _Found) -> fx.Node:
+def _get_consumer(operand: fx.Node, merge: FoundMerge) -> fx.Node:
     """Return the operation of the merge that takes the operand."""
     return next(operation for operation in merge.operations if operand in operation.all_input_nodes)
 

@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
+from se_inject.calls import Entry
+from se_inject.classify import Kind
 from se_inject.errors import PlanError
-from se_inject.merges import Kind
-from se_inject.probe import Entry
 
 Placement = Literal["standard"]
 PLAN_VERSION = 1
 DEFAULT_R = 16.0
 _MANY = 2
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is made with; see `make_plan`."""
+
+    r: float | Mapping[str, float] = DEFAULT_R
+    divisor: int = 8
+    bias: bool = True
+    placement: Placement = "standard"
+    include: Iterable[str] = ()
+    exclude: Iterable[str] = ()
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from se_inject.block import count_hidden
-from se_inject.calls import decode_call, describe_form, encode_call
+from se_inject.calls import METHODS, Call, Entry, decode_call, describe_form, encode_call
 from se_inject.codegen import write_method
 from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
 from se_inject.merges import Inspection, Merge, inspect_entry
-from se_inject.plan import DEFAULT_R, PassedOver, Placement, Plan, Site
-from se_inject.probe import METHODS, Call, Entry, Probe, Twin, Visit, check_model, get_dtype, make_twin, probe_model
+from se_inject.plan import DEFAULT_R, Options, PassedOver, Placement, Plan, Site
+from se_inject.probe import Probe, Visit, probe_model
+from se_inject.twin import Twin, check_model, get_dtype, make_twin
 
 
 @dataclass(frozen=True)
@@ -73,39 +74,14 @@ def make_plan(
         >>> len(plan.sites), plan.sites[0].path, plan.num_parameters
         (8, 'layer1.0.se', 90112)
     """
-    survey = survey_model(
-        model,
-        r=r,
-        divisor=divisor,
-        bias=bias,
-        placement=placement,
-        include=include,
-        exclude=exclude,
-        example=example,
-    )
-    return survey.plan
+    options = Options(r, divisor, bias, placement, include, exclude)
+    return survey_model(model, options, example=example).plan
 
 
-def survey_model(
-    model: nn.Module,
-    *,
-    r: float | Mapping[str, float],
-    divisor: int,
-    bias: bool,
-    placement: Placement,
-    include: Iterable[str],
-    exclude: Iterable[str],
-    example: object,
-) -> Survey:
-    """Make a plan and keep the traces; the arguments and errors are those of `make_plan`."""
-    ratios = _read_ratios(r)
-    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
-        raise OptionError(f"divisor is {divisor!r}; it must be a whole number of at least 1")
-    for name, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-            raise OptionError(f"{name} is {patterns!r}; give a list of patterns, as in ['layer4.*']")
-    if placement != "standard":
-        raise OptionError(f"placement is {placement!r}; it must be 'standard'")
+def survey_model(model: nn.Module, options: Options, *, example: object = None) -> Survey:
+    """Make a plan and keep the traces; the errors are those of `make_plan`."""
+    ratios = _read_ratios(options.r)
+    _check_options(options)
     probe = probe_model(model, example=example)
     sites: list[Site] = []
     passed: list[PassedOver] = []
@@ -124,14 +100,14 @@ def survey_model(
                 continue
             name = _choose_name(probe.twin.model.get_submodule(entry.path), taken.setdefault(entry.path, set()))
             sites.append(_make_site(merge, name, num))
-    sites, excluded = _filter(sites, tuple(include), tuple(exclude))
+    sites, excluded = _filter(sites, tuple(options.include), tuple(options.exclude))
     plan = Plan(
         model=type(model).__name__,
-        sites=tuple(_set_ratios(sites, ratios, divisor)),
+        sites=tuple(_set_ratios(sites, ratios, options.divisor)),
         passed_over=(*passed, *excluded),
-        divisor=divisor,
-        bias=bias,
-        placement=placement,
+        divisor=options.divisor,
+        bias=options.bias,
+        placement=options.placement,
     )
     if not plan.sites:
         raise EmptyPlanError(_explain_empty(plan))
@@ -139,6 +115,17 @@ def survey_model(
     recorded = [Entry(""), *used]
     calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in recorded}
     return Survey(replace(plan, calls=calls), probe.twin, {entry: inspections[entry] for entry in used})
+
+
+def _check_options(options: Options) -> None:
+    divisor = options.divisor
+    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
+        raise OptionError(f"divisor is {divisor!r}; it must be a whole number of at least 1")
+    for name, patterns in (("include", options.include), ("exclude", options.exclude)):
+        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+            raise OptionError(f"{name} is {patterns!r}; give a list of patterns, as in ['layer4.*']")
+    if options.placement != "standard":
+        raise OptionError(f"placement is {options.placement!r}; it must be 'standard'")
 
 
 def replay_plan(model: nn.Module, plan: Plan) -> Survey:

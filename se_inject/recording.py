@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_flatten, tree_map
 
+from se_inject.calls import Call
 from se_inject.errors import TraceError
 from se_inject.faithful import check_output, get_modes
 from se_inject.operations import Watch, Work, find_channel_dim, set_channel_dim
-from se_inject.probe import Call, Twin
+from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
 _FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)

@@ -25,9 +25,9 @@ from se_inject.block import SqueezeExcite
 from se_inject.codegen import Method, write_class, write_method
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.merges import Merge
-from se_inject.plan import DEFAULT_R, Placement, Plan, Site
+from se_inject.plan import DEFAULT_R, Options, Placement, Plan, Site
 from se_inject.planner import Survey, is_free, replay_plan, survey_model
-from se_inject.probe import get_device, get_dtype
+from se_inject.twin import get_device, get_dtype
 
 _GENERATED = "se_inject.generated"
 _PLAN_ATTRIBUTE = "_se_inject_plan"
@@ -76,18 +76,10 @@ def inject(
         >>> type(model).__name__, len(blocks(model))
         ('ResNet', 8)
     """
+    options = Options(r, divisor, bias, placement, include, exclude)
     if plan is None:
-        survey = survey_model(
-            model,
-            r=r,
-            divisor=divisor,
-            bias=bias,
-            placement=placement,
-            include=include,
-            exclude=exclude,
-            example=example,
-        )
-    elif (r, divisor, bias, placement, include, exclude, example) != (DEFAULT_R, 8, True, "standard", (), (), None):
+        survey = survey_model(model, options, example=example)
+    elif options != Options() or example is not None:
         raise OptionError("plan= holds all options already; give either plan= or the options, not both")
     else:
         survey = replay_plan(model, plan)
@@ -257,21 +249,18 @@ def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[st
     """Make the class of a source text; the same text over the same base gives the same class."""
     key = (base, source, *sorted((name, id(value)) for name, value in names.items()))
     if key not in _classes:
-        digest = hashlib.sha256(repr((base.__module__, base.__qualname__, len(_classes), source)).encode()).hexdigest()[
-            :8
-        ]
-        module = types.ModuleType(f"{_GENERATED}.{name}_{digest}")
+        identity = repr((base.__module__, base.__qualname__, len(_classes), source)).encode()
+        module = types.ModuleType(f"{_GENERATED}.{name}_{hashlib.sha256(identity).hexdigest()[:8]}")
         module.__file__ = f"<{module.__name__}>"
         vars(module).update(names)
         vars(module)[base.__name__] = base
-        linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
-        sys.modules[module.__name__] = module
         try:
             exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, from the plan
         except Exception as error:
-            raise ModelError(
-                f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
-            ) from error
+            message = f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
+            raise ModelError(message) from error
+        linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
+        sys.modules[module.__name__] = module
         made = vars(module)[name]
         made._se_inject_code = (base, name, source, dict(names))
         made.__reduce_ex__ = _reduce

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import TraceError
 from se_inject.faithful import (
     CONSTANT,
@@ -27,8 +28,8 @@ from se_inject.faithful import (
     kept_random_state,
     reads_mode,
 )
-from se_inject.probe import METHODS, Call, Entry, Twin, set_training
 from se_inject.recording import ShallowTracer
+from se_inject.twin import Twin, set_training
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from se_inject.calls import Call, Entry
 from se_inject.merges import inspect_entry
-from se_inject.probe import Call, Entry, make_twin
+from se_inject.twin import make_twin
 from tests import nets
 
 SHAPE = (2, 16, 8, 8)

@@ -3,8 +3,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from se_inject.calls import Entry
 from se_inject.errors import ExampleError, ModelError
-from se_inject.probe import Entry, make_twin, probe_model
+from se_inject.probe import probe_model
+from se_inject.twin import make_twin
 from tests import nets
 
 

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from se_inject import inject, make_plan
+from se_inject.calls import Call, Entry
 from se_inject.errors import TraceError
-from se_inject.probe import Call, Entry, make_twin
 from se_inject.tracing import trace_entry
+from se_inject.twin import make_twin
 from tests import nets
 from tests.equality import assert_same_network
 

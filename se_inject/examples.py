@@ -1,0 +1,69 @@
+"""Examples: the input that a network is probed with.
+
+Takes what the caller gave, or finds one from timm's configuration or by usual sizes; gives calls over fake tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from se_inject.calls import Call
+from se_inject.errors import ExampleError
+from se_inject.twin import Twin, get_dtype
+
+# By the number of spatial dimensions: lengths (audio, ECG), images, and clips or volumes.
+_USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
+    1: [(n,) for n in (1024, 4096, 16000, 5000, 256, 128)],
+    2: [(n, n) for n in (224, 32, 64, 128, 256, 299, 384, 512, 28)],
+    3: [(16, 112, 112), (8, 64, 64), (32, 32, 32), (64, 64, 64), (16, 224, 224)],
+}
+
+
+def fake_example(twin: Twin, example: object) -> Call:
+    """Turn a given example into a call.
+
+    Raises:
+        ExampleError: It holds no tensor.
+    """
+    kwargs = dict(example) if isinstance(example, Mapping) else {}
+    args = example if isinstance(example, tuple) else () if kwargs else (example,)
+    leaves = tree_leaves((args, kwargs))
+    if not any(isinstance(x, Tensor) for x in leaves):
+        raise ExampleError(
+            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W) or a tuple"
+        )
+
+    def fake(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        # A batch of one breaks batch norm on 1 x 1 maps in train mode, and hides which tensors differ between images.
+        shape = (2, *x.shape[1:]) if len(leaves) == 1 and x.ndim > 1 and x.shape[0] == 1 else x.shape
+        return twin.make_tensor(shape, get_dtype(twin.model) if x.is_floating_point() else x.dtype)
+
+    return Call(*tree_map(fake, (args, kwargs)))
+
+
+def propose_examples(twin: Twin) -> Iterator[Call]:
+    """Propose inputs, the likeliest first; none for a network without convolutions."""
+    stem = next((m for m in twin.model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
+    if stem is None:
+        return
+    config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
+    known = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
+    sizes: list[tuple[int, ...]] = list(_USUAL_SIZES[len(stem.kernel_size)])
+    channels = [stem.in_channels]
+    if known is not None:
+        sizes.insert(0, tuple(known[1:]))
+        channels.append(known[0])  # the first convolution sees more where a network folds space into channels
+    for size in dict.fromkeys(sizes):
+        for num in dict.fromkeys((*channels, 3, 1)):
+            yield Call((twin.make_tensor((2, num, *size), get_dtype(twin.model)),), {})
+
+
+def describe_shapes(call: Call) -> str:
+    """Name the shapes of a call's tensors."""
+    leaves = tree_leaves((call.args, call.kwargs))
+    return "shape " + ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))

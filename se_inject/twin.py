@@ -1,0 +1,120 @@
+"""Twins: copies of a model whose tensors are fake, and questions about a model that need no run.
+
+Takes a model, gives a `Twin` that behaves like it over shapes alone, or refuses the model. Never changes or runs it.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import UninitializedParameter
+
+from se_inject.block import SqueezeExcite
+from se_inject.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A copy of a model whose tensors are fake, and the mode that they live in."""
+
+    model: nn.Module
+    mode: FakeTensorMode
+
+    def make_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Make a fake tensor on the model's device."""
+        with self.mode:
+            return torch.empty(tuple(shape), dtype=dtype, device=get_device(self.model))
+
+
+def get_device(model: nn.Module) -> torch.device:
+    """Return the device of the model's first parameter or buffer (the CPU if it has none)."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
+def get_dtype(model: nn.Module) -> torch.dtype:
+    """Return the type of the model's first floating point parameter (torch's default if it has none)."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse what cannot be changed from inside.
+
+    Raises:
+        ModelError: The model is no module, or is wrapped, compiled, scripted, quantised or injected already.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
+    for path, module in model.named_modules():
+        where = path or "the model"
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule) and not path:
+            raise ModelError("the model is scripted (TorchScript); inject first, script after")
+        if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
+            raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
+        # A FloatFunctional stands in float networks that are to be quantised later, torchvision's quantizable ones.
+        if "quantized" in kind.__module__.split(".") and kind.__name__ != "FloatFunctional":
+            raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
+        if isinstance(vars(module).get("forward"), types.FunctionType):
+            raise ModelError(
+                f"{where} has a function as its forward, which a copy would share; make it a method of a class"
+            )
+        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            raise ModelError(f"{where} is a lazy layer without weights; run the network once first")
+        if hasattr(kind, "_se_inject_code") or isinstance(module, SqueezeExcite):
+            raise ModelError(f"the model is injected already ({where}); inject into the original network")
+
+
+def make_twin(model: nn.Module, mode: FakeTensorMode | None = None) -> Twin:
+    """Copy a model with all its tensors replaced by fake ones, which take no memory.
+
+    Args:
+        model: The network; it is neither run nor changed.
+        mode: The mode to make the tensors in; a new one if None.
+
+    Raises:
+        ModelError: The model holds something that cannot be copied.
+    """
+    mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
+    tensors = {id(t): t for m in model.modules() for t in _get_own_tensors(m)}
+    memo: dict[int, Any] = {}
+    try:
+        for key, tensor in tensors.items():
+            fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+            memo[key] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+        return Twin(copy.deepcopy(model, memo), mode)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+        message = f"{type(model).__name__} cannot be copied ({get_first_line(error)}); it must work with copy.deepcopy"
+        raise ModelError(message) from error
+
+
+@contextmanager
+def set_training(model: nn.Module, training: bool) -> Iterator[None]:  # noqa: FBT001
+    """Put a whole model in train or eval mode, and every module back as it was afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    yield from (v for v in vars(module).values() if isinstance(v, Tensor))
+
+
+def get_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

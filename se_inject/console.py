@@ -94,15 +94,21 @@ def _tabulate_costs(before: Costs, after: Costs) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("", "before", "after", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    rows = (
+    rows: list[tuple[str, float | None, float | None, str]] = [
         ("parameters", before.parameters, after.parameters, "{:,}"),
-        ("GMACs an image", before.macs / 1e9, after.macs / 1e9, "{:,.5g}"),
-        ("size in MB", before.size / 1e6, after.size / 1e6, "{:,.1f}"),
-    )
+        ("GMACs an image", _scale(before.macs, 1e9), _scale(after.macs, 1e9), "{:,.5g}"),
+        ("size in MB", _scale(before.size, 1e6), _scale(after.size, 1e6), "{:,.1f}"),
+    ]
     for name, old, new, form in rows:
-        change = f"{(new / old - 1) * 100:+.2f} %" if old else ""
-        table.add_row(name, form.format(old), form.format(new), change)
+        if old is None or new is None:
+            table.add_row(name, "not known", "not known", "")
+        else:
+            table.add_row(name, form.format(old), form.format(new), f"{(new / old - 1) * 100:+.2f} %" if old else "")
     return table
+
+
+def _scale(value: float | None, unit: float) -> float | None:
+    return None if value is None else value / unit
 
 
 def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
     }
 
 
-def describe_costs(costs: Costs) -> dict[str, int]:
+def describe_costs(costs: Costs) -> dict[str, int | None]:
     """Turn costs into plain values: counts, bytes, and operations for one image."""
     return {"parameters": costs.parameters, "size_bytes": costs.size, "flops": costs.flops, "macs": costs.macs}
 

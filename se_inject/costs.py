@@ -5,10 +5,12 @@ Takes an injected model and its plan, gives exact counts: parameters, bytes, mul
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,17 +29,17 @@ class Costs:
         size: Bytes of all parameters and buffers.
         flops: Floating point operations for one image (two for a multiply-accumulate), as torch's FlopCounterMode
         counts
-            them: convolutions and matrix products.
+            them: convolutions and matrix products. None for a network whose course depends on its data.
     """
 
     parameters: int
     size: int
-    flops: int
+    flops: int | None
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> int | None:
         """Multiply-accumulates for one image."""
-        return self.flops // 2
+        return None if self.flops is None else self.flops // 2
 
 
 def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
@@ -61,10 +63,18 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     twin = twin or make_twin(model)
     call = decode_call(plan.calls[Entry("").key], twin)
     num_images = next(x.shape[0] for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
-    with FlopCounterMode(display=False) as counter, set_training(twin.model, False), twin.mode, torch.no_grad():
+    flops: int | None = None
+    with (
+        suppress(DataDependentOutputException, DynamicOutputShapeException),
+        FlopCounterMode(display=False) as counter,
+        set_training(twin.model, False),
+        twin.mode,
+        torch.no_grad(),
+    ):
         twin.model(*call.args, **call.kwargs)
+        flops = counter.get_total_flops() // num_images
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
         size=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),
-        flops=counter.get_total_flops() // num_images,
+        flops=flops,
     )

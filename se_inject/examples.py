@@ -5,6 +5,7 @@ Takes what the caller gave, or finds one from timm's configuration or by usual s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -58,9 +59,18 @@ def propose_examples(twin: Twin) -> Iterator[Call]:
     if known is not None:
         sizes.insert(0, tuple(known[1:]))
         channels.append(known[0])  # the first convolution sees more where a network folds space into channels
+    num_inputs = _count_required(twin.model)
     for size in dict.fromkeys(sizes):
         for num in dict.fromkeys((*channels, 3, 1)):
-            yield Call((twin.make_tensor((2, num, *size), get_dtype(twin.model)),), {})
+            image = twin.make_tensor((2, num, *size), get_dtype(twin.model))
+            yield Call((image,) * num_inputs, {})
+
+
+def _count_required(model: nn.Module) -> int:
+    """Count the arguments that a forward must be given; optical flow takes two images."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = inspect.signature(model.forward).parameters.values()
+    return max(1, sum(p.kind in kinds and p.default is p.empty for p in parameters))
 
 
 def describe_shapes(call: Call) -> str:

@@ -7,22 +7,27 @@ in memory.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError
 from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.operations import MergeCall, Watch
-from se_inject.twin import Twin, check_model, get_first_line, make_twin, set_training
+from se_inject.operations import MergeCall, Watch, find_channel_dim, set_channel_dim
+from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, set_training
+
+# What a forward raises over fake tensors where it asks for values.
+_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
@@ -51,7 +56,8 @@ class Probe:
 def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     """Run a network once in eval and once in train mode over fake tensors, and record every call.
 
-    Hooks that the user registered run too, on fake tensors.
+    Hooks that the user registered run too, on fake tensors. A network whose course depends on its data, as detection's
+    does, is copied and run once on real zeros instead.
 
     Args:
         model: The network; it is neither run nor changed.
@@ -70,6 +76,8 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
         visits: dict[Entry, Visit] = {}
         try:
             _run(twin, call, visits, training=False)
+        except _DATA_DEPENDENT:
+            visits = _run_real(model, call, twin.mode)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
             failures.append((call, error))
             continue
@@ -86,6 +94,35 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     raise ExampleError(message) from reason
 
 
+def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> dict[Entry, Visit]:
+    """Run a copy of a network whose course depends on its data, as detection's does, on real zeros.
+
+    What its modules are called with is made fake afterwards.
+
+    Raises:
+        ExampleError: It does not run on them either.
+    """
+    twin = Twin(copy.deepcopy(model), mode)
+
+    def make_real(x: object) -> object:
+        return torch.zeros(x.shape, dtype=x.dtype, device=get_device(model)) if isinstance(x, Tensor) else x
+
+    def make_fake(x: object) -> object:
+        if not isinstance(x, Tensor):
+            return x
+        return set_channel_dim(mode.from_tensor(x.detach(), static_shapes=True), find_channel_dim(x))
+
+    visits: dict[Entry, Visit] = {}
+    try:
+        _run(twin, Call(*tree_map(make_real, (call.args, call.kwargs))), visits, training=False, is_fake=False)
+    except Exception as error:
+        message = f"{type(model).__name__} does not run on an input of {describe_shapes(call)}: {get_first_line(error)}"
+        raise ExampleError(f"{message}; give example= with one that it runs on") from error
+    for visit in visits.values():
+        visit.calls = [Call(*tree_map(make_fake, (c.args, c.kwargs))) for c in visit.calls]
+    return visits
+
+
 def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:
     # Modules and merges that run in train mode alone, auxiliary heads for one. A network that needs targets in train
     # mode stops somewhere on the way; what it called until then counts.
@@ -97,11 +134,12 @@ def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:
         seen.merges = seen.merges or visit.merges
 
 
-def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool) -> None:
+def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool, is_fake: bool = True) -> None:
     recorder = _Recorder(visits)
     recorder.attach(twin.model)
     try:
-        with set_training(twin.model, training), kept_random_state(), twin.mode, torch.set_grad_enabled(training):
+        mode = twin.mode if is_fake else nullcontext()
+        with set_training(twin.model, training), kept_random_state(), mode, torch.set_grad_enabled(training):
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
             with Watch(recorder.note_merge):
                 twin.model(*args, **kwargs)

@@ -362,6 +362,35 @@ def test_torchvisions_video_networks_get_blocks():
     assert_same_network(model, injected, torch.randn(2, 3, 4, 32, 32))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_detection_network_gets_blocks_in_its_backbone():
+    model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)
+    model.eval()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plan = make_plan(model, include=["backbone.body.*"])
+    assert {site.owner.split(".")[0] for site in plan.sites} == {"backbone"}
+    injected = inject(model, plan=plan)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    images = [torch.rand(3, 64, 80), torch.rand(3, 100, 60)]
+    with torch.no_grad():
+        assert_equal_outputs(model(images), injected(images))
+    targets = [{"boxes": torch.tensor([[1.0, 2.0, 30.0, 40.0]]), "labels": torch.tensor([1])}] * 2
+    losses = []
+    for net in (model, injected):
+        torch.manual_seed(0)
+        losses.append(net.train()(images, targets))
+    assert_equal_outputs(*losses)
+
+
+def test_optical_flow_takes_two_images():
+    model = torchvision.models.optical_flow.raft_small(weights=None)
+    injected = inject(model)
+    assert blocks(injected)
+    images = torch.rand(1, 3, 128, 128), torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        assert_equal_outputs(model.eval()(*images, num_flow_updates=12), injected.eval()(*images, num_flow_updates=12))
+
+
 def test_channels_last_blocks_squeeze_height_and_width():
     model = nets.enliven(timm.create_model("mambaout_femto", num_classes=4))
     injected = inject(model)

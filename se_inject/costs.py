@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from se_inject.calls import Entry, decode_call
 from se_inject.plan import Plan
 from se_inject.rewrite import blocks
-from se_inject.twin import Twin, make_twin, set_training
+from se_inject.twin import Twin, make_twin, quiet, set_training
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
         suppress(DataDependentOutputException, DynamicOutputShapeException),
         FlopCounterMode(display=False) as counter,
         set_training(twin.model, False),
+        quiet(),
         twin.mode,
         torch.no_grad(),
     ):

@@ -24,7 +24,7 @@ from se_inject.errors import ExampleError
 from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state
 from se_inject.operations import MergeCall, Watch, find_channel_dim, set_channel_dim
-from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, set_training
+from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, quiet, set_training
 
 # What a forward raises over fake tensors where it asks for values.
 _DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -139,7 +139,13 @@ def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool, 
     recorder.attach(twin.model)
     try:
         mode = twin.mode if is_fake else nullcontext()
-        with set_training(twin.model, training), kept_random_state(), mode, torch.set_grad_enabled(training):
+        with (
+            set_training(twin.model, training),
+            kept_random_state(),
+            quiet(),
+            mode,
+            torch.set_grad_enabled(training),
+        ):
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
             with Watch(recorder.note_merge):
                 twin.model(*args, **kwargs)

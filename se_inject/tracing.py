@@ -29,7 +29,7 @@ from se_inject.faithful import (
     reads_mode,
 )
 from se_inject.recording import ShallowTracer
-from se_inject.twin import Twin, set_training
+from se_inject.twin import Twin, quiet, set_training
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     try:
         with (
             set_training(owner, training),
+            quiet(),
             torch.enable_grad(),
             kept_random_state(refuse_draws=True),
             kept_attributes(owner),

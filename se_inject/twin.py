@@ -6,6 +6,7 @@ Takes a model, gives a `Twin` that behaves like it over shapes alone, or refuses
 from __future__ import annotations
 
 import copy
+import logging
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,18 @@ class Twin:
         """Make a fake tensor on the model's device."""
         with self.mode:
             return torch.empty(tuple(shape), dtype=dtype, device=get_device(self.model))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from logging a traceback for each input that a network does not run on; the error is reported once."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def get_device(model: nn.Module) -> torch.device:

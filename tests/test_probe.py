@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -105,6 +108,18 @@ def test_an_example_of_one_image_is_doubled():
 def test_an_example_of_the_wrong_shape_is_named():
     with pytest.raises(ExampleError, match=r"does not run on an input of shape \(2, 5, 16, 16\).*give example="):
         probe_model(nets.TwoBranches(), example=torch.zeros(2, 5, 16, 16))
+
+
+def test_trying_inputs_makes_no_noise():
+    script = (
+        "import torch, se_inject; from torch import nn; from tests import nets\n"
+        "net = nn.Sequential(nets.conv(1, 16), nets.Residual(), nn.Flatten(), nn.Linear(16 * 32 * 32, 2))\n"
+        "assert se_inject.make_plan(net)\n"
+        "try: se_inject.inject(net, example=torch.zeros(2, 1, 16, 16))\n"
+        "except se_inject.SEInjectError: print('refused')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("refused\n", "")
 
 
 def test_an_example_that_is_no_tensor_is_named():

@@ -40,11 +40,13 @@ def kept_random_state(*, refuse_draws: bool = False) -> Iterator[None]:
     Raises:
         TraceError: A random number was drawn.
     """
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy: Any = np.random.get_state()
     try:
         yield
+        now: Any = np.random.get_state()
         drawn = python != random.getstate() or not torch.equal(cpu, torch.get_rng_state())
-        if refuse_draws and (drawn or repr(numpy) != repr(np.random.get_state())):
+        if refuse_draws and (drawn or numpy[2] != now[2] or not np.array_equal(numpy[1], now[1])):
             raise TraceError("its code draws random numbers to decide what it does")
     finally:
         random.setstate(python)

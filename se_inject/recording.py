@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from se_inject.calls import Call
 from se_inject.errors import TraceError
 from se_inject.faithful import check_output, get_modes
-from se_inject.operations import Watch, Work, find_channel_dim, set_channel_dim
+from se_inject.operations import Watch, Work
 from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
@@ -193,16 +193,12 @@ class ShallowTracer(fx.Tracer):
             self.fixed[name] = value
             return value
         placeholder = self.create_proxy("placeholder", name, (), {})
-        with self._twin.mode:
-            fake = tree_map(
-                lambda x: set_channel_dim(x.clone(), find_channel_dim(x)) if isinstance(x, Tensor) else x, value
-            )
-        placeholder.node.meta.update(value=fake, work=Work(), mutates=())
+        placeholder.node.meta.update(value=value, work=Work(), mutates=())
         if _is_open(value):
             return placeholder
         if not all(map(_is_open, leaves)):
             raise TraceError(f"its argument {name!r} holds tensors or numbers, and other values")
-        opened = _open_container(placeholder, fake)
+        opened = _open_container(placeholder, value)
         self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
         return opened
 

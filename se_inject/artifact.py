@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from se_inject.block import SqueezeExcite
 from se_inject.errors import ArtifactError, ModelError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.plan import Plan
-from se_inject.rewrite import get_base, get_plan, inject
+from se_inject.rewrite import find_plan, get_base, get_plan, inject
 from se_inject.sources import Source, build_skeleton
 
 FORMAT = "se-inject"
@@ -35,8 +36,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
         model: From `inject` or `load`; wrappers (DDP, torch.compile) are seen through.
         path: `.pt`, `.pth` or `.safetensors`.
         source: How the network is built. A network loaded by `load` knows; timm's networks are recognised, if they are
-        as
-            timm builds them. For others give `base=` to `load`.
+            as timm builds them. For others give `base=` to `load`.
 
     Raises:
         ModelError: The model has not been injected.
@@ -48,10 +48,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     """
     target = Path(path)
     check_suffix(target)
-    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+    while find_plan(model) is None and isinstance(inner := _get_wrapped(model), nn.Module):
         model = inner
     plan = get_plan(model)
-    source = source or vars(model).get("_se_inject_source") or _recognise_timm(model)
+    source = source or get_source(model) or _recognise_timm(model)
+    if source is not None and source.library == "timm":  # reset_classifier may have been called since
+        source = replace(source, options={**source.options, "num_classes": getattr(model, "num_classes", None)})
     values = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
@@ -76,8 +78,7 @@ def load(
     Args:
         path: What `save` wrote.
         base: The original network, or a function that builds it, where the file does not say how (the user's own
-        module).
-            A given module is not changed.
+            module). A given module is not changed.
         trust_source: Import and call the factory that the file names.
 
     Raises:
@@ -131,6 +132,10 @@ def get_source(model: nn.Module) -> Source | None:
     return source if isinstance(source, Source) else None
 
 
+def _get_wrapped(model: nn.Module) -> object:
+    return getattr(model, "_orig_mod", getattr(model, "module", None))
+
+
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
     wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
@@ -153,7 +158,7 @@ def _recognise_timm(model: nn.Module) -> Source | None:
     if not config.get("architecture"):
         return None
     name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
-    options = getattr(model, "_model_args", {"num_classes": getattr(model, "num_classes", None)})
+    options = {**getattr(model, "_model_args", {}), "num_classes": getattr(model, "num_classes", None)}
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
         return None
     source = Source("timm", name, options)

@@ -6,6 +6,8 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -44,25 +46,22 @@ def find_writing_between(trace: Trace, operations: list[fx.Node], operands: list
 
 def get_ancestors(node: fx.Node) -> set[fx.Node]:
     """Return the node and all that it was computed from."""
-    seen: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in seen:
-            seen.add(current)
-            waiting += current.all_input_nodes
-    return seen
+    return _collect(node, lambda n: n.all_input_nodes)
 
 
 def get_descendants(node: fx.Node) -> set[fx.Node]:
     """Return the node and all that is computed from it."""
+    return _collect(node, lambda n: n.users)
+
+
+def _collect(node: fx.Node, get_next: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     seen: set[fx.Node] = set()
     waiting = [node]
     while waiting:
         current = waiting.pop()
         if current not in seen:
             seen.add(current)
-            waiting += current.users
+            waiting += get_next(current)
     return seen
 
 

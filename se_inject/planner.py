@@ -144,12 +144,12 @@ def replay_plan(model: nn.Module, plan: Plan) -> Survey:
             raise PlanError(f"{where}: {entry.method} is none of {', '.join(METHODS)}")
         try:
             inspections[entry] = inspect_entry(twin, entry, decode_call(plan.calls[entry.key], twin))
-        except (AttributeError, KeyError, TypeError, TraceError) as error:
+            merges = inspections[entry].merges
+            difference = next(filter(None, (_compare(site, merges, plan.divisor) for site in sites)), "")
+        except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, TraceError) as error:
             raise PlanError(f"{where}: {error}; make a new one") from error
-        for site in sites:
-            difference = _compare(site, inspections[entry].merges, plan.divisor)
-            if difference:
-                raise PlanError(f"{where}: {difference}; make a new one")
+        if difference:
+            raise PlanError(f"{where}: {difference}; make a new one")
     return Survey(plan, twin, inspections)
 
 

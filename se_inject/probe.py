@@ -45,12 +45,10 @@ class Probe:
     Attributes:
         twin: A fake twin, for the modules' code; it has not been run.
         visits: What was seen of each entry, in the order in which they were first called.
-        example: What the network was called with.
     """
 
     twin: Twin
     visits: dict[Entry, Visit]
-    example: Call
 
 
 def probe_model(model: nn.Module, *, example: object = None) -> Probe:
@@ -83,7 +81,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
             continue
         _visit_training(twin, call, visits)
         # The twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
-        return Probe(make_twin(model, twin.mode), visits, call)
+        return Probe(make_twin(model, twin.mode), visits)
     hint = "give example= with the shape that it is trained on"
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; {hint}")

@@ -105,6 +105,32 @@ def test_wrappers_are_seen_through(tmp_path, x):
     assert torch.equal(load(tmp_path / "model.pt")(x), model(x))
 
 
+def test_a_child_called_module_is_no_wrapper(tmp_path):
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nets.TwoBranches()
+
+        def forward(self, x):
+            return self.module(x)
+
+    model = trained(Holder())
+    save(model, tmp_path / "model.pt")
+    x = torch.randn(1, 3, 16, 16)
+    assert torch.equal(load(tmp_path / "model.pt", base=Holder)(x), model(x))
+
+
+def test_a_classifier_that_was_reset_is_written_down(tmp_path, x):
+    model = trained(timm.create_model("resnet18"))
+    model.reset_classifier(4)
+    save(model, tmp_path / "model.pt")
+    again = load(tmp_path / "model.pt")
+    assert torch.equal(again(x), model(x))
+    again.reset_classifier(9)
+    save(again, tmp_path / "again.pt")
+    assert torch.equal(load(tmp_path / "again.pt")(x), again(x))
+
+
 def test_what_was_not_injected_is_not_saved(tmp_path):
     with pytest.raises(ModelError, match="has not been injected"):
         save(nets.UNet(), tmp_path / "model.pt")

@@ -110,15 +110,7 @@ def ask_grad_mode(self, x):
 
 
 def return_ordered(self, x):
-    return OrderedDict(out=x + self.branch(x))["out"] if False else list_of(x + self.branch(x))
-
-
-class Maps(list):
-    """A list with a name."""
-
-
-def list_of(x):
-    return Maps([x])
+    return OrderedDict(out=x + self.branch(x))
 
 
 REASONS = {
@@ -150,7 +142,6 @@ def test_what_holds_for_one_time_alone_is_passed_over(forward):
 
 @pytest.mark.parametrize("forward", [draw_torch, draw_python, draw_numpy], ids=lambda f: f.__name__)
 def test_no_random_number_is_used_up(forward):
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     net = block(forward)
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     make_plan(net)
@@ -164,10 +155,10 @@ def test_a_container_of_another_type_is_passed_over():
             self.body = block(return_ordered)
 
         def forward(self, x):
-            return self.body[2](self.body[1](self.body[0](x))[0])
+            return self.body[2](self.body[1](self.body[0](x))["out"])
 
     plan = make_plan(Tail())
-    assert [item.reason for item in plan.passed_over] == ["it returns a Maps"]
+    assert [item.reason for item in plan.passed_over] == ["it returns a OrderedDict"]
 
 
 def test_buffers_may_be_used_and_changed_in_place():
@@ -484,17 +475,13 @@ def test_merges_in_hooks_do_no_harm():
     assert_same_network(net, inject(net), torch.randn(X))
 
 
+@pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript wherever it is used
 def test_a_scripted_child_is_a_leaf():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        child = torch.jit.script(nets.conv(3, 16))
+    child = torch.jit.script(nets.conv(3, 16))
     net = nn.Sequential(child, nets.Residual())
-    try:
-        assert len(blocks(inject(net, example=torch.zeros(2, 3, 8, 8)))) == 1
-    except SEInjectError as error:
-        assert "cannot be copied" in str(error) or "does not run" in str(error)  # noqa: PT017
+    injected = inject(net, example=torch.zeros(2, 3, 8, 8))
+    assert list(blocks(injected)) == ["1.se"]
+    assert_same_network(net, injected, torch.randn(X))
 
 
 def test_nothing_to_inject_lists_why():

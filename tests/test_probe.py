@@ -13,6 +13,10 @@ from se_inject.twin import make_twin
 from tests import nets
 
 
+def probed_shape(model, **options):
+    return tuple(probe_model(model, **options).visits[Entry("")].calls[0].args[0].shape)
+
+
 class Spy(nn.Module):
     """Notes what it was run on."""
 
@@ -80,8 +84,7 @@ def test_modules_that_run_in_train_mode_alone_are_seen():
 def test_the_example_is_found_from_timms_configuration():
     import timm
 
-    call = probe_model(timm.create_model("inception_v3", aux_logits=False)).example
-    assert tuple(call.args[0].shape) == (2, 3, 299, 299)
+    assert probed_shape(timm.create_model("inception_v3", aux_logits=False)) == (2, 3, 299, 299)
 
 
 def test_the_example_is_found_by_trying_usual_sizes():
@@ -93,11 +96,11 @@ def test_the_example_is_found_by_trying_usual_sizes():
         def forward(self, x):
             return self.head(self.conv(x).flatten(1))
 
-    assert tuple(probe_model(Small()).example.args[0].shape) == (2, 1, 32, 32)
+    assert probed_shape(Small()) == (2, 1, 32, 32)
 
 
 def test_an_example_of_one_image_is_doubled():
-    assert tuple(probe_model(nets.TwoBranches(), example=torch.zeros(1, 3, 16, 16)).example.args[0].shape) == (
+    assert probed_shape(nets.TwoBranches(), example=torch.zeros(1, 3, 16, 16)) == (
         2,
         3,
         16,
@@ -170,8 +173,6 @@ def test_a_model_compiled_in_place_is_refused():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 def test_a_quantised_model_is_refused():
-    from torch.ao.nn.quantized import FloatFunctional, QFunctional  # noqa: F401
-
     model = nets.TwoBranches()
     model.head = torch.ao.nn.quantized.dynamic.Linear(16, 10)
     with pytest.raises(ModelError, match="head is quantised .*inject first, quantise after"):

@@ -112,6 +112,8 @@ def _find_timm(name: str) -> Callable[[Site, Plan], nn.Module]:
             f"block is {name!r}; it must be se, a name of timm's create_attn (eca, ge, gc, cbam, ...), or in Python a "
             f"function that makes a module for a number of channels"
         ) from None
+    if name == "ge":
+        kind = _make_gather_excite
     known = inspect.signature(kind).parameters
 
     def build(site: Site, plan: Plan) -> nn.Module:
@@ -120,3 +122,13 @@ def _find_timm(name: str) -> Callable[[Site, Plan], nn.Module]:
         return made
 
     return build
+
+
+def _make_gather_excite(channels: int, rd_ratio: float, rd_divisor: int) -> nn.Module:
+    """Make a gather-excite block (GE-theta of global extent); timm 1.0.31 fails to build the layers of its own."""
+    from timm.layers import ConvMlp, GatherExcite, make_divisible
+
+    block: nn.Module = GatherExcite(channels, use_mlp=False)
+    hidden = make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+    block.mlp = ConvMlp(channels, hidden, act_layer=nn.ReLU)
+    return block

@@ -66,7 +66,7 @@ def write_border(owner: nn.Module, name: str, gates: Mapping[str, str]) -> Metho
     Args:
         owner: The module whose method it is; only looked at.
         name: The method.
-        gates: The block's attribute by side, "before" or "after".
+        gates: The block's attribute by border, "input" or "output".
 
     Raises:
         TraceError: The method's signature cannot be written down.
@@ -76,11 +76,11 @@ def write_border(owner: nn.Module, name: str, gates: Mapping[str, str]) -> Metho
     if first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
         raise TraceError(f"its {name} takes no plain first argument")
     given = [first.name, *map(_hand_on, rest)]
-    if "before" in gates:
-        given[0] = f"self.{gates['before']}({first.name})"
+    if "input" in gates:
+        given[0] = f"self.{gates['input']}({first.name})"
     result = f"super().{name}({', '.join(given)})"
-    if "after" in gates:
-        result = f"self.{gates['after']}({result})"
+    if "output" in gates:
+        result = f"self.{gates['output']}({result})"
     return Method(f"def {name}(self, {_write_parameters(signature)}):\n    return {result}", {})
 
 

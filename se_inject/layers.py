@@ -8,11 +8,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from se_inject.places import LayerKind, Side
+from se_inject.places import Border, LayerKind, Side
 from se_inject.probe import LayerVisit
 
-LAYER_SIDES: dict[LayerKind, Side] = {"stage": "before", "conv": "after", "depthwise": "before"}
-"""On which side of its layer a block stands."""
+LAYER_SIDES: dict[LayerKind, tuple[Side, Border]] = {
+    "stage": ("before", "input"),
+    "conv": ("after", "output"),
+    "depthwise": ("before", "input"),
+}
+"""On which side of its layer a block stands; of a module that is a layer, at which border."""
 _SHRINKING = 1.5  # a convolution without padding loses a few positions, a downsampling half in a dimension
 
 
@@ -45,16 +49,14 @@ def _choose_pointwise(layers: Sequence[LayerVisit]) -> list[LayerVisit]:
 
 def _choose_stages(layers: Sequence[LayerVisit]) -> list[LayerVisit]:
     chosen = []
-    has_convolution = False
     done: set[int] = set()  # resolutions whose end has its block
     for visit in layers:
         call = visit.call
         is_classifier = call.kind == "linear" or (call.kind == "conv" and call.out_positions == 1)
         is_downsampling = not is_classifier and call.positions >= _SHRINKING * call.out_positions
-        if is_downsampling and has_convolution and call.positions not in done:
+        if is_downsampling and not call.is_first and call.positions not in done:
             chosen.append(visit)
             done.add(call.positions)
-        has_convolution |= call.kind == "conv"
         # Where a network has gone up again, as an hourglass does, the resolution will have another end.
         done = {positions for positions in done if positions > call.out_positions}
     return chosen

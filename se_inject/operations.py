@@ -7,7 +7,7 @@ probe and the tracer both look through it, so that a merge is the same thing at 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -58,6 +58,7 @@ class LayerCall:
         out_positions: Number of positions of the output.
         is_depthwise: Whether it is a convolution of each channel alone.
         is_spatial: Whether it is a convolution of more than one position.
+        is_first: Whether no layer has worked on its input yet.
     """
 
     kind: Literal["conv", "linear", "pool"]
@@ -67,6 +68,7 @@ class LayerCall:
     out_positions: int
     is_depthwise: bool = False
     is_spatial: bool = False
+    is_first: bool = False
 
 
 @dataclass
@@ -145,9 +147,12 @@ class Watch(TorchFunctionMode):
         work.norms += name in NORMS
         work.activations += name in ACTIVATIONS
         work.attentions += name in PRODUCTS and _is_attention(args, kwargs)
+        source = args[0] if args else kwargs.get("input")
+        is_first = not isinstance(source, Tensor) or find_channel_dim(source) is None
         _note_layout(name, args, kwargs, result)
         merge = _recognise_merge(name, args, kwargs, result)
         layer = _recognise_layer(name, args, kwargs, result)
+        layer = replace(layer, is_first=is_first) if layer else None
         work.merges += [merge] if merge else []
         work.layer_calls += [layer] if layer else []
         for call in (merge, layer):

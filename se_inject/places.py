@@ -7,10 +7,10 @@ after each layer that runs in its own code. Each is free to receive a block, or 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from se_inject.calls import Call, Entry
 from se_inject.classify import MergeKind, Verdict, classify_concat, classify_sum
@@ -26,6 +26,9 @@ LayerKind = Literal["stage", "conv", "depthwise"]
 Kind = Literal["residual", "concat", "fusion", "stage", "conv", "depthwise"]
 Joining = Literal["joint", "separate"]
 Side = Literal["before", "after"]
+"""Of a layer that an entry's code calls as a function."""
+Border = Literal["input", "output"]
+"""Of an entry itself."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,10 @@ class Place:
     Attributes:
         entry: The owner and its method.
         index: Its place among those of the entry, from 0.
-        kind: The merge's kind, or the side of a layer.
+        kind: The merge's kind, the side of a layer, or the entry's border.
         code: The line of the owner's source, or the node's name where the line cannot be shown.
-        edges: What is gated; several are squeezed jointly. None for a layer of one piece, whose input or output is
-            gated.
+        edges: What is gated; several are squeezed jointly. None where the entry's code is not looked into, and what
+            it is handed or returns is gated.
         operations: The nodes of the merge, the last of them its result; a sum of three is two additions.
         num_merges: The number of merges that run at it; of several places at a merge the first has it.
         channels: Channels of all edges together.
@@ -76,7 +79,7 @@ class Place:
 
     entry: Entry
     index: int
-    kind: MergeKind | Side
+    kind: MergeKind | Side | Border
     code: str
     edges: tuple[Edge, ...]
     operations: tuple[str, ...]
@@ -93,7 +96,7 @@ class Inspection:
     """What an entry's code does: its graph and places, once, or once a mode if the code reads `self.training`."""
 
     traces: tuple[Trace, ...]
-    """Empty for a layer of one piece."""
+    """Empty where the code is not looked into."""
     found: tuple[list[Place], ...]
     """The places in each trace."""
 
@@ -113,10 +116,10 @@ class Inspection:
             first = [replace(p, reason=p.reason or o.reason) for p, o in zip(first, other, strict=True)]
         return first
 
-    def get_layer_place(self, index: int, side: Side) -> Place | None:
-        """Return the place on a side of the `index`-th layer that runs in the entry's own code."""
-        sides = [p for p in self.places if p.kind == side]
-        return sides[index] if index < len(sides) else None
+    def get_place(self, kind: Side | Border, index: int = 0) -> Place | None:
+        """Return the place on a side of the `index`-th layer that runs in the entry's own code, or at its border."""
+        places = [p for p in self.places if p.kind == kind]
+        return places[index] if index < len(places) else None
 
 
 def inspect_entry(twin: Twin, entry: Entry, call: Call, placing: Placing) -> Inspection:
@@ -125,9 +128,6 @@ def inspect_entry(twin: Twin, entry: Entry, call: Call, placing: Placing) -> Ins
     Raises:
         TraceError: The code cannot be followed in one of the modes.
     """
-    owner = twin.model.get_submodule(entry.path)
-    if not owner._modules and not isinstance(owner, fx.GraphModule) and (places := _inspect_layer(twin, entry, call)):
-        return Inspection((), (places,))
     traces = [trace_entry(twin, entry, call, training=False)]
     if traces[0].reads_mode:
         traces.append(trace_entry(twin, entry, call, training=True))
@@ -148,6 +148,10 @@ def find_places(trace: Trace, placing: Placing) -> list[Place]:
     found = [_defer(places, i, merges, found, gated) for i, places in enumerate(found)]
     places = [place for group in found for place in group]
     places += [place for node in trace.graph.nodes for place in _place_layer(trace, node)]
+    first = next((node for node in trace.graph.nodes if node.op == "placeholder"), None)
+    if first is not None and first.users and is_map(first.meta["value"]):
+        cuts = Cuts((Cut(first, tuple(first.users)),))
+        places.append(replace(_make_place(trace, first, cuts, "input"), code=f"input of {trace.entry}"))
     return [replace(place, index=i) for i, place in enumerate(places)]
 
 
@@ -177,12 +181,12 @@ def _place_merge(trace: Trace, merge: Merge, verdict: Verdict, placing: Placing)
     return [replace(p, operations=operations, num_merges=n) for p, n in zip(places, counts, strict=True)]
 
 
-def _make_place(trace: Trace, node: fx.Node, found: Cuts, kind: MergeKind | Side) -> Place:
+def _make_place(trace: Trace, node: fx.Node, found: Cuts, kind: MergeKind | Side | Border) -> Place:
     reason = found.reason or next(
         filter(None, (find_overwriting(trace, cut.source, cut.consumers) for cut in found.cuts)), ""
     )
     maps = [cut.source.meta["value"] for cut in found.cuts] or [node.meta["value"]]
-    joined = [] if kind in ("before", "after") else [node.meta["value"]]
+    joined = [node.meta["value"]] if kind in get_args(MergeKind) else []
     layouts = {get_channel_dim(x) for x in joined + maps}
     dim = layouts.pop()
     is_last = dim == maps[0].ndim - 1
@@ -220,30 +224,30 @@ def _place_layer(trace: Trace, node: fx.Node) -> list[Place]:
     return [_make_place(trace, node, before, "before"), _make_place(trace, node, after, "after")]
 
 
-def _inspect_layer(twin: Twin, entry: Entry, call: Call) -> list[Place]:
-    """Make the places before and after a module that is one layer, such as `nn.MaxPool2d`; none for any other module.
+def inspect_border(twin: Twin, entry: Entry, call: Call) -> Inspection:
+    """Make the places at the border of an entry, whose code need not be followed for that.
 
-    Its code need not be traced: the block takes what it is handed, or what it returns.
+    Raises:
+        TraceError: It is handed no map, or does not run on its own.
     """
     owner = twin.model.get_submodule(entry.path)
     x = call.args[0] if call.args else None
-    if entry.method != "forward" or not isinstance(x, Tensor) or not is_map(x):
-        return []
+    if not is_map(x):
+        raise TraceError("its first argument is no map")
     with set_training(owner, False), quiet(), twin.mode, torch.no_grad(), Watch() as watch:
         try:
             y = getattr(owner, entry.method)(*call.args, **call.kwargs)
         except Exception as error:
             raise TraceError(f"its {entry.method} does not run on its own: {error}") from error
-    if len(watch.work.layer_calls) != 1 or watch.work.merges:
-        return []
-    if watch.work.layer_calls[0].kind == "linear":
+    calls = watch.work.layer_calls
+    if len(calls) == 1 and calls[0].kind == "linear":
         x = set_channel_dim(x, x.ndim - 1)
-    return [_make_border(entry, x, "before", owner), _make_border(entry, y, "after", owner)]
+    return Inspection((), ([_place_border(entry, x, "input", owner), _place_border(entry, y, "output", owner)],))
 
 
-def _make_border(entry: Entry, value: object, side: Side, owner: nn.Module) -> Place:
-    name = f"{'input' if side == 'before' else 'output'} of {type(owner).__name__}"
-    place = Place(entry, side == "after", side, name, (), (), 0, 0, 0, 2, 1, "its output is no map")
+def _place_border(entry: Entry, value: object, border: Border, owner: nn.Module) -> Place:
+    name = f"{border} of {type(owner).__name__}"
+    place = Place(entry, border == "output", border, name, (), (), 0, 0, 0, 2, 1, "its output is no map")
     if not is_map(value):
         return place
     dim = get_channel_dim(value)
@@ -253,5 +257,5 @@ def _make_border(entry: Entry, value: object, side: Side, owner: nn.Module) -> P
         positions=count_positions(value),
         num_spatial=value.ndim - 2,
         channel_dim=-1 if dim == value.ndim - 1 else 1,
-        reason="",
+        reason="" if dim in (1, value.ndim - 1) else "its maps are laid out in different ways",
     )

@@ -64,6 +64,7 @@ class Site:
         stage: How often the map is halved: it is `2 ** stage` times smaller than the input, so that a ResNet-50 has
             stages 2 to 5.
         num_parameters: Number of parameters of the block.
+        is_border: Whether the block gates what the owner is handed or returns, and not what its code computes.
         num_merges: How many executed operations of the probe's pass the site stands for.
         num_spatial: How many spatial dimensions the maps have.
         channel_dim: Where the maps have their channels: 1, or -1 for channels-last activations.
@@ -82,6 +83,7 @@ class Site:
     num_merges: int
     num_parameters: int = 0
     stage: int = 0
+    is_border: bool = False
     num_spatial: int = 2
     channel_dim: Literal[1, -1] = 1
 

@@ -24,7 +24,7 @@ from se_inject.errors import EmptyPlanError, PlanError, TraceError
 from se_inject.layers import LAYER_SIDES, choose_layers
 from se_inject.operations import count_positions, is_map
 from se_inject.placements import Placement
-from se_inject.places import Inspection, Joining, Kind, LayerKind, Place, Placing, inspect_entry
+from se_inject.places import Inspection, Joining, Kind, LayerKind, Place, Placing, inspect_border, inspect_entry
 from se_inject.plan import DEFAULT_R, SE, Options, PassedOver, Plan, Site
 from se_inject.probe import LayerVisit, Probe, Visit, probe_model
 from se_inject.selection import check_options, filter_sites, read_ratios, set_ratios
@@ -186,7 +186,9 @@ def _find_sites(draft: _Draft, *, is_given: bool) -> str:
         for place in inspection.places if inspection else ():
             if place.operations:
                 draft.add(place, place.kind, len(visit.calls))  # type: ignore[arg-type]  # of a merge
-    if not is_given and not draft.sites and not any("attention" in item.reason for item in draft.passed):
+    # Channel attention that is there already is reported, and a transformer is not gated at its patches.
+    is_settled = any(m.kind == "residual" and m.reason for m in draft.passed)
+    if not is_given and not draft.sites and not is_settled:
         kind: LayerKind = "depthwise" if choose_layers(probe.layers, "depthwise") else "stage"
         draft.placing = replace(draft.placing, at=(*draft.placing.at, kind))
         note = f"no merge to gate, so the blocks stand {_LAYER_NOTES[kind]} ({kind})"
@@ -197,22 +199,29 @@ def _find_sites(draft: _Draft, *, is_given: bool) -> str:
 
 
 def _add_layer(draft: _Draft, visit: LayerVisit, kind: LayerKind) -> None:
-    entry = visit.entry
+    """Add the place at a layer: at the border of a module that is one layer or begins a stage, else in the code."""
+    side, border = LAYER_SIDES[kind]
+    probe, entry = draft.probe, visit.entry
+    if kind == "stage" and visit.block is not None:
+        entry = visit.block
+    is_border = entry != visit.entry or not probe.twin.model.get_submodule(entry.path)._modules
     try:
+        call = _get_only_call(probe.visits[entry])
         if entry not in draft.inspections:
-            call = _get_only_call(draft.probe.visits[entry])
-            draft.inspections[entry] = inspect_entry(draft.probe.twin, entry, call, draft.placing)
-        place = draft.inspections[entry].get_layer_place(visit.index, LAYER_SIDES[kind])
+            inspect = inspect_border(probe.twin, entry, call) if is_border else None
+            draft.inspections[entry] = inspect or inspect_entry(probe.twin, entry, call, draft.placing)
+        inspection = draft.inspections[entry]
+        place = inspection.get_place(border) if is_border else inspection.get_place(side, visit.index)
         _check_code(draft, entry, [place] if place else [])
         reason = "" if place else _HIDDEN
     except TraceError as error:
         place, reason = None, str(error)
     if place is None:
         draft.passed.append(PassedOver(entry.path, entry.method, kind, visit.call.kind, reason, 0))
-        return
-    if any(site.owner == entry.path and site.index == place.index for site in draft.sites):
-        return  # stage and depthwise at one layer are one place
-    draft.add(place, kind, len(draft.probe.visits[entry].calls))
+    elif not any(
+        (site.owner, site.method, site.index) == (entry.path, entry.method, place.index) for site in draft.sites
+    ):
+        draft.add(place, kind, len(probe.visits[entry].calls))  # else stage and depthwise are one place
 
 
 def _count_halvings(probe: Probe, place: Place) -> int:
@@ -258,7 +267,10 @@ def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Modul
             raise PlanError(f"{where}: {entry.method} is none of {', '.join(METHODS)}")
         try:
             call = decode_call(plan.calls[entry.key], twin)
-            inspections[entry] = inspect_entry(twin, entry, call, plan.placing)
+            is_border = any(site.is_border for site in sites)
+            inspections[entry] = (
+                inspect_border(twin, entry, call) if is_border else inspect_entry(twin, entry, call, plan.placing)
+            )
             places = inspections[entry].places
             difference = next(filter(None, (_compare(site, places, plan, recipe) for site in sites)), "")
         except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, TraceError) as error:
@@ -275,8 +287,8 @@ def _compare(site: Site, places: list[Place], plan: Plan, recipe: Recipe | None)
         return f"it says {site.kind} number {site.index}, found {len(places)} places"
     if (place.num_spatial, place.channel_dim) != (site.num_spatial, site.channel_dim):
         return "the maps have other dimensions"
-    expected = next((side for kind, side in LAYER_SIDES.items() if kind == site.kind), site.kind)
-    if (place.kind, place.channels) != (expected, site.channels):
+    expected = next((sides for kind, sides in LAYER_SIDES.items() if kind == site.kind), (site.kind,))
+    if place.kind not in expected or place.channels != site.channels:
         return f"it says {site.kind} of {site.channels} channels, found {place.kind} of {place.channels}"
     if not site.r >= 1 or site != count_block(site, plan, recipe):
         return f"{site.hidden} hidden channels are not what r={site.r:g} gives"
@@ -339,6 +351,7 @@ def _make_site(place: Place, kind: Kind, name: str, num_merges: int, stage: int)
         r=DEFAULT_R,
         num_merges=num_merges,
         stage=stage,
+        is_border=not place.edges,
         num_spatial=place.num_spatial,
         channel_dim=place.channel_dim,
     )

@@ -23,7 +23,15 @@ from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError
 from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.operations import LayerCall, MergeCall, Watch, find_channel_dim, set_channel_dim
+from se_inject.operations import (
+    LayerCall,
+    MergeCall,
+    Watch,
+    count_positions,
+    find_channel_dim,
+    is_map,
+    set_channel_dim,
+)
 from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, quiet, set_training
 
 # What a forward raises over fake tensors where it asks for values.
@@ -40,11 +48,20 @@ class Visit:
 
 @dataclass(frozen=True)
 class LayerVisit:
-    """A layer that ran in the own code of an entry, the `index`-th of it."""
+    """A layer that ran.
+
+    Attributes:
+        entry: The method in whose own code it ran.
+        index: Its place among the layers of this code.
+        call: What it did.
+        block: The outermost module that was handed a map of the resolution of the layer's input, and so is where a
+            stage of the network begins; None if the layer's input was made in the entry's own code.
+    """
 
     entry: Entry
     index: int
     call: LayerCall
+    block: Entry | None
 
 
 @dataclass(frozen=True)
@@ -166,14 +183,29 @@ def _run(
     return recorder.layers
 
 
+@dataclass
+class _Frame:
+    """A call that is being executed."""
+
+    entry: Entry
+    positions: int
+    """Number of positions of the map that it was handed first; 0 if that is no map on which a layer has worked."""
+    num_layers: int = 0
+
+
+def _count_input(module: nn.Module, args: tuple[Any, ...]) -> int:
+    is_list = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))  # it would run a block as a layer
+    is_worked_on = args and is_map(args[0]) and find_channel_dim(args[0]) is not None
+    return count_positions(args[0]) if is_worked_on and not is_list else 0
+
+
 class _Recorder:
     """Hooks on a twin that note each call, with the entry that is being executed on top of a stack."""
 
     def __init__(self, visits: dict[Entry, Visit]) -> None:
         self._visits = visits
         self.layers: list[LayerVisit] = []
-        self._stack: list[Entry] = []
-        self._num_layers: list[int] = []
+        self._stack: list[_Frame] = []
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -195,29 +227,29 @@ class _Recorder:
         if not self._stack:
             return  # a hook of the root runs before any entry
         if isinstance(call, MergeCall):
-            self._visits[self._stack[-1]].merges.append(call)
+            self._visits[self._stack[-1].entry].merges.append(call)
         else:
-            self.layers.append(LayerVisit(self._stack[-1], self._num_layers[-1], call))
-            self._num_layers[-1] += 1
+            frame = self._stack[-1]
+            blocks = (f.entry for f in self._stack if f.positions == call.positions)
+            self.layers.append(LayerVisit(frame.entry, frame.num_layers, call, next(blocks, None)))
+            frame.num_layers += 1
 
-    def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stack.append(entry)
-        self._num_layers.append(0)
+    def _enter(self, entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._stack.append(_Frame(entry, _count_input(module, args)))
         call = Call(*tree_map(lambda x: x, (args, kwargs)))  # containers are copied: a network may change them
         self._visits.setdefault(entry, Visit()).calls.append(call)
 
-    def _enter_module(self, entry: Entry, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._enter(entry, args, kwargs)
+    def _enter_module(self, entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(entry, module, args, kwargs)
 
     def _leave(self, *_: object) -> None:
         self._stack.pop()
-        self._num_layers.pop()
 
     def _wrap(self, module: nn.Module, entry: Entry) -> None:
         method = getattr(module, entry.method)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            self._enter(entry, args, kwargs)
+            self._enter(entry, module, args, kwargs)
             try:
                 return method(*args, **kwargs)
             finally:

@@ -180,8 +180,8 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
             if inspection.traces:
                 surgery.methods[entry.method] = write_method(owner, inspection.traces)
             else:
-                sides = {str(inspection.places[site.index].kind): site.name for site in sites}
-                surgery.methods[entry.method] = write_border(owner, entry.method, sides)
+                gates = {str(inspection.places[site.index].kind): site.name for site in sites}
+                surgery.methods[entry.method] = write_border(owner, entry.method, gates)
         except TraceError as error:
             raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
     prefix = "SE" if survey.recipe is None else "Gated"

@@ -59,7 +59,7 @@ def test_a_newer_plan_asks_for_an_upgrade(resnet18):
 
 def test_the_text_lists_sites_and_reasons():
     text = str(make_plan(nets.wrap(nets.Dense())))
-    assert "1.se: concat `torch.cat(features, 1)` after layers.0 .. layers.2 (3 maps) (24 -> 8 -> 24)" in text
+    assert "1.se: concat `torch.cat(features, 1)` gating layers.0 .. layers.2 (3 maps) (24 -> 8 -> 24)" in text
     assert "passed over 2 concat: it joins a list" in text
 
 
@@ -190,7 +190,7 @@ def test_a_plan_for_another_network_is_refused(resnet18):
     ("change", "message"),
     [
         ({"owner": "layer9.0"}, "does not fit"),
-        ({"index": 7}, "number 7, found 1 merges"),
+        ({"index": 7}, "number 7, found 1 places"),
         ({"kind": "concat"}, "it says concat"),
         ({"name": "conv1"}, "no room for an attribute 'conv1'"),
         ({"name": "a b"}, "no room for an attribute 'a b'"),

@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from se_inject.block import is_block
-from se_inject.errors import ArtifactError, ModelError, PlanError, SourceError
+from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.generated import get_base
-from se_inject.plan import Plan
+from se_inject.plan import SE, Plan
 from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
 
@@ -72,6 +72,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     base: nn.Module | Callable[[], nn.Module] | None = None,
+    block: Callable[[int], nn.Module] | None = None,
     trust_source: bool = False,
 ) -> nn.Module:
     """Read an injected network from a file; it is in eval mode and on the CPU.
@@ -80,6 +81,7 @@ def load(
         path: What `save` wrote.
         base: The original network, or a function that builds it, where the file does not say how (the user's own
             module). A given module is not changed.
+        block: Makes the blocks, where the network was injected with a factory of the user's.
         trust_source: Import and call the factory that the file names.
 
     Raises:
@@ -100,7 +102,9 @@ def load(
         raise SourceError(f"{path} does not say how its network is built; give load(..., base=) the original network")
     try:
         plan = Plan.from_json(json.dumps(values["plan"]))
-        model = inject(network, plan=plan, inplace=base is None)
+        model = inject(network, plan=plan, block=block or SE, inplace=base is None)
+    except OptionError as error:
+        raise ArtifactError(f"{path}: {error}; give load(..., block=) the function that makes its blocks") from error
     except (PlanError, ModelError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
     _load_state(model, values["state_dict"], target)

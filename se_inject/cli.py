@@ -6,8 +6,11 @@ Each command takes its options, calls the stages and prints. Expected failures b
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +24,10 @@ from se_inject.errors import OptionError, SEInjectError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import nn
-
     from se_inject.sources import Source
 
+Opened = tuple[Any, Any]
+"""A network and its `Source` or None; their types live in modules that load when they are used."""
 DEFAULT_VERB = "inject"
 _ROOT_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -73,11 +76,131 @@ Divisor = Annotated[
     int, typer.Option("--divisor", help="Hidden channels are rounded to a multiple of this; 1 is the paper's.")
 ]
 Bias = Annotated[bool, typer.Option("--bias/--no-bias", help="Biases in the blocks' layers.")]
+Squeeze = Annotated[str, typer.Option("--squeeze", metavar="mean|max", help="What a map is squeezed to.")]
+Gate = Annotated[str, typer.Option("--gate", metavar="sigmoid|hard_sigmoid|tanh", help="The gate's activation.")]
+Block = Annotated[
+    str, typer.Option("--block", metavar="NAME", help="se, or another attention of timm's: eca, ge, gc, cbam, ...")
+]
+Placement = Annotated[
+    str,
+    typer.Option(
+        "--placement",
+        metavar="standard|pre|post|identity|conv3x3",
+        help="Where at a merge: the end of the branch, its input, the joined map, the shortcut, its middle.",
+    ),
+]
+Concat = Annotated[
+    str, typer.Option("--concat", metavar="joint|separate", help="One block for all branches of a merge, or one each.")
+]
+At = Annotated[
+    str,
+    typer.Option(
+        "--at",
+        metavar="KIND,...",
+        help="Of residual, concat, fusion, stage, conv, depthwise. By default residual,concat; where a network has "
+        "neither, depthwise or stage.",
+    ),
+]
+Stages = Annotated[
+    str,
+    typer.Option("--stages", metavar="N,...", help="Only maps that are 2^N times smaller than the input, as in 2,3,4."),
+]
+SkipLastStage = Annotated[
+    bool, typer.Option("--skip-last-stage", help="Leave out the last stage, with most of the parameters.")
+]
 Include = Annotated[
     list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")
 ]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these paths.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def _read_options(
+    *,
+    r: Ratios = None,
+    divisor: Divisor = 8,
+    bias: Bias = True,
+    squeeze: Squeeze = "mean",
+    gate: Gate = "sigmoid",
+    block: Block = "se",
+    placement: Placement = "standard",
+    concat: Concat = "joint",
+    at: At = "",
+    stages: Stages = "",
+    skip_last_stage: SkipLastStage = False,
+    include: Include = None,
+    exclude: Exclude = None,
+) -> dict[str, Any]:
+    """Read the options of a plan, as `inject` and `make_plan` take them."""
+    return {
+        "r": _read_ratios(r),
+        "divisor": divisor,
+        "bias": bias,
+        "squeeze": squeeze,
+        "gate": gate,
+        "block": block,
+        "placement": placement,
+        "concat": concat,
+        "at": [kind.strip() for kind in at.split(",") if kind.strip()],
+        "stages": _read_stages(stages),
+        "skip_last_stage": skip_last_stage,
+        "include": include or (),
+        "exclude": exclude or (),
+    }
+
+
+def _open(
+    model: ModelName,
+    *,
+    weights: Weights = None,
+    pretrained: Pretrained = True,
+    num_classes: NumClasses = None,
+    trust_source: TrustSource = False,
+) -> Opened:
+    """Open the network that is named, with its source."""
+    for library in ("timm", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from se_inject.artifact import get_source, load
+    from se_inject.files import SUFFIXES
+    from se_inject.sources import open_network
+
+    if Path(model).suffix in SUFFIXES and Path(model).is_file():
+        if weights is not None or num_classes is not None:
+            raise OptionError(
+                f"{model} holds its own weights and classifier; --weights and --num-classes go with a model name"
+            )
+        network = load(model, trust_source=trust_source)
+        source = get_source(network)
+    else:
+        opened = open_network(model, pretrained=pretrained, weights=weights, num_classes=num_classes)
+        network, source = opened.model, opened.source
+    console.talk(f"{source or model}, weights: {source.weights if source else model}")
+    return network, source
+
+
+def _with(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of a reader in place of a parameter, which gets a function that reads them."""
+
+    def wrap(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        inner = {name: inspect.signature(reader, eval_str=True).parameters for name, reader in readers.items()}
+        merged: dict[str, inspect.Parameter] = {}
+        for name, parameter in own.parameters.items():
+            merged.update(inner.get(name, {name: parameter}))
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            for name, reader in readers.items():
+                values = {key: given.pop(key) for key in inner[name]}
+                given[name] = functools.partial(reader, **values)
+            command(**given)
+
+        ordered = sorted(merged.values(), key=lambda parameter: parameter.kind)
+        vars(run)["__signature__"] = own.replace(parameters=ordered)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
+        return run
+
+    return wrap
 
 
 @app.callback(invoke_without_command=True)
@@ -89,21 +212,14 @@ def show_version(*, version: Annotated[bool, typer.Option("--version", help="Sho
 
 
 @app.command("inject")
+@_with(open_model=_open, read_options=_read_options)
 def run_inject(
-    model: ModelName,
+    open_model: Callable[[], Opened],
     *,
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")
     ] = Path("model.pt"),
-    r: Ratios = None,
-    divisor: Divisor = 8,
-    bias: Bias = True,
-    include: Include = None,
-    exclude: Exclude = None,
-    weights: Weights = None,
-    pretrained: Pretrained = True,
-    num_classes: NumClasses = None,
-    trust_source: TrustSource = False,
+    read_options: Callable[[], dict[str, Any]],
     as_json: AsJson = False,
 ) -> None:
     """Inject blocks into a network, as an exact identity, and write the result to a file."""
@@ -112,45 +228,40 @@ def run_inject(
     from se_inject.files import check_target
     from se_inject.rewrite import get_plan, inject
 
+    options = read_options()
     check_target(out)  # before a download and not after it
-    network, source = _open(model, weights, pretrained, num_classes, trust_source)
-    ratios, only, without = _read_ratios(r), include or (), exclude or ()
-    injected = inject(network, r=ratios, divisor=divisor, bias=bias, include=only, exclude=without, inplace=True)
+    network, source = open_model()
+    injected = inject(network, inplace=True, **options)
     save(injected, out, source=source)
     plan = get_plan(injected)
     before, after = compare_costs(injected, plan)
     if as_json:
         console.print_json({"out": str(out), **_describe_source(source), **console.describe_plan(plan, before, after)})
-    else:
-        growth = f"{before.parameters:,} -> {after.parameters:,} parameters"
-        console.stdout.out(
-            f"{out}: {plan.model} with {len(plan.sites)} blocks, {growth}; the same outputs until it is trained"
-        )
+        return
+    growth = f"{before.parameters:,} -> {after.parameters:,} parameters"
+    if plan.note:
+        console.talk(plan.note)
+    console.stdout.out(
+        f"{out}: {plan.model} with {len(plan.sites)} blocks, {growth}; the same outputs until it is trained"
+    )
 
 
 @app.command("plan")
+@_with(open_model=functools.partial(_open, pretrained=False), read_options=_read_options)
 def run_plan(
-    model: ModelName,
+    open_model: Callable[[], Opened],
     *,
-    r: Ratios = None,
-    divisor: Divisor = 8,
-    bias: Bias = True,
-    include: Include = None,
-    exclude: Exclude = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    num_classes: NumClasses = None,
-    trust_source: TrustSource = False,
+    read_options: Callable[[], dict[str, Any]],
     as_json: AsJson = False,
 ) -> None:
     """Show where the blocks would go, which merges are passed over and why, and the totals; nothing is changed."""
     from se_inject.costs import compare_costs
     from se_inject.rewrite import find_plan, get_plan, inject
 
-    network, source = _open(model, weights, pretrained, num_classes, trust_source)
+    options = read_options()
+    network, source = open_model()
     if find_plan(network) is None:  # an artifact shows the plan that it was made with
-        ratios, only, without = _read_ratios(r), include or (), exclude or ()
-        network = inject(network, r=ratios, divisor=divisor, bias=bias, include=only, exclude=without, inplace=True)
+        network = inject(network, inplace=True, **options)
     plan = get_plan(network)
     before, after = compare_costs(network, plan)
     if as_json:
@@ -160,15 +271,12 @@ def run_plan(
 
 
 @app.command("predict")
+@_with(open_model=_open)
 def run_predict(
-    model: ModelName,
+    open_model: Callable[[], Opened],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     *,
     top_k: Annotated[int, typer.Option("--top-k", help="How many classes an image.")] = 5,
-    weights: Weights = None,
-    pretrained: Pretrained = True,
-    num_classes: NumClasses = None,
-    trust_source: TrustSource = False,
     as_json: AsJson = False,
 ) -> None:
     """Name the most probable classes of images, with the model's own preprocessing."""
@@ -177,7 +285,7 @@ def run_predict(
     from se_inject.images import make_transform, predict_image
     from se_inject.rewrite import find_plan
 
-    network, source = _open(model, weights, pretrained, num_classes, trust_source)
+    network, source = open_model()
     transform = make_transform(source, find_plan(network))
     predictions = {str(path): predict_image(network, path, transform, top_k=top_k) for path in images}
     if as_json:
@@ -206,33 +314,6 @@ def main() -> None:
         sys.exit(1)
 
 
-def _open(
-    name: str,
-    weights: Path | None,
-    pretrained: bool,  # noqa: FBT001
-    num_classes: int | None,
-    trust_source: bool,  # noqa: FBT001
-) -> tuple[nn.Module, Source | None]:
-    for library in ("timm", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    from se_inject.artifact import get_source, load
-    from se_inject.files import SUFFIXES
-    from se_inject.sources import open_network
-
-    if Path(name).suffix in SUFFIXES and Path(name).is_file():
-        if weights is not None or num_classes is not None:
-            raise OptionError(
-                f"{name} holds its own weights and classifier; --weights and --num-classes go with a model name"
-            )
-        model = load(name, trust_source=trust_source)
-        source = get_source(model)
-    else:
-        network = open_network(name, pretrained=pretrained, weights=weights, num_classes=num_classes)
-        model, source = network.model, network.source
-    console.talk(f"{source or name}, weights: {source.weights if source else name}")
-    return model, source
-
-
 def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
     """Read `16` and `layer4.*=32`; what is for all comes first, so that a pattern counts over it."""
     ratios: dict[str, float] = {"*": 16.0}
@@ -245,6 +326,13 @@ def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
                 f"--r is {value!r}; expected a number, as in 16, or PATTERN=NUMBER, as in 'layer4.*=32'"
             ) from None
     return ratios
+
+
+def _read_stages(value: str) -> list[int]:
+    try:
+        return [int(stage) for stage in value.split(",") if stage.strip()]
+    except ValueError:
+        raise OptionError(f"--stages is {value!r}; expected numbers, as in 2,3,4") from None
 
 
 def _describe_source(source: Source | None) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _tabulate_sites(plan: Plan) -> Table:
             site.merge,
             site.describe_branches(),
             f"{site.channels}",
-            f"{site.hidden}",
+            f"{site.hidden or ''}",
             f"{site.num_parameters:,}",
         )
         for site in plan.sites

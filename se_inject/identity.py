@@ -8,6 +8,7 @@ bit afterwards is refused.
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -60,31 +61,33 @@ def make_identity(block: nn.Module, channels: int, name: str) -> nn.Module:
 
 
 def find_difference(block: nn.Module, channels: int) -> str:
-    """Say where a module differs from the identity; empty if it is exact, in all modes and float formats it runs in.
+    """Say where a module differs from the identity; empty if it is exact, in all modes and formats that it runs in.
 
     Raises:
         _RefusalError: It does not run, or gives something else than a map of the same shape.
     """
-    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        for training in (False, True):
-            twin = copy.deepcopy(block).to(dtype).train(training)
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(0)
-                small = torch.finfo(dtype).smallest_normal  # halving such a number is not exact
-                x = torch.randn(4, channels, _SIZE, _SIZE).to(dtype)
-                x[2:] *= small
-                try:
-                    y = twin(x)
-                except Exception as error:
-                    if dtype in (torch.float32, torch.float64):
-                        raise _RefusalError(f"it does not run on a map {tuple(x.shape)}: {error}") from error
-                    continue  # not every operation exists in every format on every device
-            if not isinstance(y, Tensor) or y.shape != x.shape:
-                shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-                raise _RefusalError(f"it gives {shape} for a map {tuple(x.shape)}")
-            if y.dtype != x.dtype or not torch.equal(x, y):
-                where = f"{str(dtype).removeprefix('torch.')}, {'train' if training else 'eval'} mode"
-                return f"its output is not its input times gates that can be set to 1 ({where})"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    layouts = (torch.contiguous_format, torch.channels_last)
+    for dtype, training, layout in itertools.product(dtypes, (False, True), layouts):
+        twin = copy.deepcopy(block).to(dtype).train(training)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            x = torch.randn(4, channels, _SIZE, _SIZE).to(dtype, memory_format=layout)
+            x[2:] *= torch.finfo(dtype).smallest_normal  # halving such a number is not exact
+            try:
+                y = twin(x.clone())
+            except Exception as error:
+                if dtype in (torch.float32, torch.float64):
+                    raise _RefusalError(f"it does not run on a map {tuple(x.shape)}: {error}") from error
+                continue  # not every operation exists in every format on every device
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise _RefusalError(f"it gives {shape} for a map {tuple(x.shape)}")
+        if y.dtype != x.dtype or not torch.equal(x, y):
+            where = f"{str(dtype).removeprefix('torch.')}, {'train' if training else 'eval'} mode"
+            return f"its output is not its input times gates that can be set to 1 ({where})"
+        if y.stride() != x.stride():
+            return "its output has another memory format than its input, so that what follows rounds differently"
     return ""
 
 

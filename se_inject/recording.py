@@ -96,7 +96,7 @@ class ShallowTracer(fx.Tracer):
         self._twin = twin
         self._call = call
         self._executing = False
-        self._modes = get_modes()
+        self._modes: tuple[object, ...] | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Treat every child as a leaf."""
@@ -123,7 +123,7 @@ class ShallowTracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
         """Record an operation and execute it."""
-        if get_modes() != self._modes:
+        if self._modes is not None and get_modes() != self._modes:
             raise TraceError("its code switches gradients or autocast for a part of itself")
         node = super().create_node(kind, target, *rest, **options)
         if kind not in ("placeholder", "output"):

@@ -62,7 +62,8 @@ def set_ratios(sites: Sequence[Site], ratios: Mapping[str, float], divisor: int)
     """Give each site the ratio of the last pattern that it matches.
 
     Raises:
-        OptionError: A pattern matches nothing, or a ratio is larger than every map that it is for is wide.
+        OptionError: A pattern matches nothing, or a ratio that was chosen is larger than every map that it is for is
+            wide.
     """
     for pattern in ratios:
         if pattern != "*":
@@ -74,7 +75,7 @@ def set_ratios(sites: Sequence[Site], ratios: Mapping[str, float], divisor: int)
         widest[r] = max(widest.get(r, 0), site.channels)
         chosen.append(replace(site, r=r, hidden=count_hidden(site.channels, r, divisor=divisor)))
     for r, channels in widest.items():
-        if r > channels:
+        if r > channels and r != DEFAULT_R:
             raise OptionError(f"r is {r:g}, but the widest of its sites has {channels} channels; give a smaller r")
     return chosen
 

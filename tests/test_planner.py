@@ -122,9 +122,10 @@ def test_other_options_out_of_range_are_errors(resnet18):
         make_plan(resnet18, placement="front")
 
 
-def test_a_network_without_merges_is_an_error():
-    with pytest.raises(EmptyPlanError, match="Plain has no merge: no residual addition"):
-        make_plan(nets.Plain())
+def test_a_network_without_any_place_is_an_error():
+    flat = nn.Sequential(nets.conv(3, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 28 * 28, 4))
+    with pytest.raises(EmptyPlanError, match="Sequential has no place for a block: no residual addition"):
+        make_plan(flat, example=torch.zeros(2, 3, 28, 28))
 
 
 def test_a_transformer_is_an_error():
@@ -190,7 +191,7 @@ def test_a_plan_for_another_network_is_refused(resnet18):
     ("change", "message"),
     [
         ({"owner": "layer9.0"}, "does not fit"),
-        ({"index": 7}, "number 7, found 1 places"),
+        ({"index": 7}, "number 7, found 2 places"),
         ({"kind": "concat"}, "it says concat"),
         ({"name": "conv1"}, "no room for an attribute 'conv1'"),
         ({"name": "a b"}, "no room for an attribute 'a b'"),

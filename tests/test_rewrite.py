@@ -437,3 +437,8 @@ def test_moving_and_casting_works_afterwards(x):
 
 def test_a_block_is_a_module_to_be_used_on_its_own():
     assert SqueezeExcite(64, 16)(torch.ones(2, 64, 3, 3)).shape == (2, 64, 3, 3)
+
+
+def test_it_does_not_matter_whether_the_caller_has_gradients_on():
+    with torch.no_grad():
+        assert list(blocks(inject(nets.wrap(nets.Residual())))) == ["1.se"]

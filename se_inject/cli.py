@@ -252,14 +252,22 @@ def run_plan(
     open_model: Callable[[], Opened],
     *,
     read_options: Callable[[], dict[str, Any]],
+    graph: Annotated[Path | None, typer.Option("--graph", metavar="FILE", help="Draw the plan as an SVG.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show where the blocks would go, which merges are passed over and why, and the totals; nothing is changed."""
     from se_inject.costs import compare_costs
+    from se_inject.files import check_target
+    from se_inject.picture import SVG, draw_network
     from se_inject.rewrite import find_plan, get_plan, inject
 
     options = read_options()
+    if graph is not None:
+        check_target(graph, (SVG,))
     network, source = open_model()
+    if graph is not None:
+        draw_network(network, graph, **options)
+        console.talk(f"wrote {graph}")
     if find_plan(network) is None:  # an artifact shows the plan that it was made with
         network = inject(network, inplace=True, **options)
     plan = get_plan(network)

@@ -10,7 +10,7 @@ import os
 import pickle
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -131,13 +131,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(values)
 
 
-def check_target(path: Path) -> None:
+def check_target(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Refuse a target that could not be written in the end.
 
     Raises:
         ArtifactError: The suffix names no format, or there is no such folder, or no right to write in it.
     """
-    check_suffix(path)
+    check_suffix(path, suffixes)
     if not path.parent.is_dir():
         raise ArtifactError(f"{path} cannot be written: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
@@ -146,14 +146,15 @@ def check_target(path: Path) -> None:
         )
 
 
-def check_suffix(path: Path) -> None:
-    """Refuse a path whose suffix does not name a format.
+def check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Refuse a path whose suffix does not name a format; the usual ones are `.pt`, `.pth` and `.safetensors`.
 
     Raises:
-        ArtifactError: The suffix is none of `.pt`, `.pth` and `.safetensors`.
+        ArtifactError: The suffix is none of them.
     """
-    if path.suffix not in SUFFIXES:
-        raise ArtifactError(f"{path} has the suffix {path.suffix or '(none)'!r}; expected one of {', '.join(SUFFIXES)}")
+    if path.suffix not in suffixes:
+        expected = f"one of {', '.join(suffixes)}" if len(suffixes) > 1 else suffixes[0]
+        raise ArtifactError(f"{path} has the suffix {path.suffix or '(none)'!r}; expected {expected}")
 
 
 def _get_umask() -> int:

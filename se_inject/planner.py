@@ -46,7 +46,7 @@ class Survey:
     Attributes:
         plan: The plan.
         twin: The fake twin that was inspected.
-        inspections: The traced code of every entry that the plan has a site in.
+        inspections: The traced code of every entry that has a merge or a site.
         recipe: How its blocks are made; None for our own.
     """
 
@@ -173,8 +173,7 @@ def survey_model(model: nn.Module, options: Options, *, example: object = None) 
     plan = replace(plan, sites=tuple(count_block(site, plan, recipe) for site in plan.sites))
     used = [entry for entry, _ in plan.iterate_entries()]
     calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in [Entry(""), *used]}
-    inspections = {entry: draft.inspections[entry] for entry in used}
-    return Survey(replace(plan, calls=calls), probe.twin, inspections, recipe)
+    return Survey(replace(plan, calls=calls), probe.twin, draft.inspections, recipe)
 
 
 def _find_sites(draft: _Draft, *, is_given: bool) -> str:

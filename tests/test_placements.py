@@ -69,7 +69,11 @@ def test_every_placement_is_an_exact_identity(block, placement):
 @pytest.mark.parametrize(
     ("placement", "expected", "channels"),
     [
-        ("standard", ["out = self.bn3(out)", "out_2 = self.downsample(x)", "out = self.se(out)", "out += out_2"], 16),
+        (
+            "standard",
+            ["out = self.bn3(out)", "downsample = self.downsample(x)", "out = self.se(out)", "out += downsample"],
+            16,
+        ),
         ("pre", ["out = self.se(x)", "out = self.conv1(out)"], 16),
         ("post", ["out += downsample", "out = self.relu(out)", "return self.se(out)"], 16),
         ("identity", ["out_2 = self.downsample(x)", "out_2 = self.se(out_2)", "out += out_2"], 16),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ArtifactError, ModelError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
+from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.rewrite import find_plan, get_base, get_plan, inject
 from se_inject.sources import Source, build_skeleton
@@ -103,7 +104,7 @@ def load(
     except (PlanError, ModelError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
     _load_state(model, values["state_dict"], target)
-    vars(model)["_se_inject_source"] = source
+    mark_module(model, SOURCE, source)
     return model.eval()
 
 
@@ -128,7 +129,7 @@ def read_artifact(path: Path) -> dict[str, Any]:
 
 def get_source(model: nn.Module) -> Source | None:
     """Return how a loaded network was built, if its file said so."""
-    source = vars(model).get("_se_inject_source")
+    source = find_mark(model, SOURCE)
     return source if isinstance(source, Source) else None
 
 

@@ -163,7 +163,7 @@ def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], resul
         dim = result.ndim - 1
     elif name in CONVOLUTIONS or name in NORMS:
         dim = 1
-    elif source is None:
+    elif source is None or result.ndim == 0:
         return
     elif name in ("permute", "transpose", "movedim", "swapaxes", "swapdims") and source.ndim == result.ndim:
         rest = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, int)]

@@ -177,3 +177,15 @@ def test_a_quantised_model_is_refused():
     model.head = torch.ao.nn.quantized.dynamic.Linear(16, 10)
     with pytest.raises(ModelError, match="head is quantised .*inject first, quantise after"):
         probe_model(model)
+
+
+def test_a_number_made_of_a_channels_last_map_is_no_map():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            return x * self.norm(x.permute(0, 2, 3, 1)).mean()
+
+    probe_model(Last(), example=torch.zeros(2, 16, 8, 8))

@@ -16,12 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from se_inject.block import SqueezeExcite
+from se_inject.block import is_block
 from se_inject.errors import ArtifactError, ModelError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
+from se_inject.generated import get_base
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
-from se_inject.rewrite import find_plan, get_base, get_plan, inject
+from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
 
 FORMAT = "se-inject"
@@ -173,7 +174,7 @@ def _recognise_timm(model: nn.Module) -> Source | None:
 def _describe(model: nn.Module) -> dict[str, Any]:
     """Describe a network but for its blocks and weights: each module's class, settings and plain attributes."""
     described = {}
-    blocks = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, SqueezeExcite))
+    blocks = tuple(f"{path}." for path, module in model.named_modules() if is_block(module))
     for path, module in model.named_modules():
         if not f"{path}.".startswith(blocks):
             plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple))}

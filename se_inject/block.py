@@ -15,6 +15,10 @@ GAIN = 2.0
 """The factor before the sigmoid: `2 * sigmoid(0)` is exactly 1 in every float format, where the sigmoid is steepest."""
 
 
+Squeeze = Literal["mean", "max"]
+Gate = Literal["sigmoid", "hard_sigmoid", "tanh"]
+
+
 def count_hidden(channels: int, r: float, *, divisor: int = 8) -> int:
     """Count the outputs of the squeezing layer W1: `channels / r`, rounded to a multiple of `divisor`.
 
@@ -33,7 +37,8 @@ class SqueezeExcite(nn.Module):
 
     The gate is `s = gain * sigmoid(W2 relu(W1 z + b1) + b2)` with z the mean of the map over its spatial dimensions
     (Hu et al., arXiv 1709.01507, equations 2 and 3, which have gain 1). With W2 = 0, b2 = 0 and gain = 2 a new block
-    multiplies by exactly 1. As in LoRA, W2 learns from the first step and W1 from the second.
+    multiplies by exactly 1. As in LoRA, W2 learns from the first step and W1 from the second. With `gate="tanh"` it is
+    `s = 1 + tanh(...)`, which is 1 there too.
 
     Shape:
         One map (N, C, H, W) gives one map (N, C, H, W). Several maps (N, C_i, H, W), with the C_i adding up to
@@ -49,6 +54,8 @@ class SqueezeExcite(nn.Module):
         gain: The factor before the sigmoid.
         num_spatial: How many spatial dimensions a map has: 1, 2 or 3.
         channel_dim: The dimension of the channels: 1, or -1 for channels-last activations.
+        squeeze: What z is: the mean or the maximum over the spatial dimensions.
+        gate: The gate's activation.
         device: Where the parameters are made.
         dtype: The parameters' type.
 
@@ -69,12 +76,15 @@ class SqueezeExcite(nn.Module):
         gain: float = GAIN,
         num_spatial: int = 2,
         channel_dim: Literal[1, -1] = 1,
+        squeeze: Squeeze = "mean",
+        gate: Gate = "sigmoid",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.channels, self.r, self.gain = channels, r, gain
         self.num_spatial, self.channel_dim = num_spatial, channel_dim
+        self.squeeze, self.gate = squeeze, gate
         hidden = count_hidden(channels, r, divisor=divisor)
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=bias, device=device, dtype=dtype)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=bias, device=device, dtype=dtype)
@@ -98,9 +108,13 @@ class SqueezeExcite(nn.Module):
     def compute_gate(self, *maps: Tensor) -> Tensor:
         """Compute the gate (N, C) of maps (N, C_i, ...), joined along C."""
         first = 2 if self.channel_dim == 1 else 1
-        squeezed = [x.mean(tuple(range(first, first + self.num_spatial))) for x in maps]
+        dims = tuple(range(first, first + self.num_spatial))
+        squeezed = [x.mean(dims) if self.squeeze == "mean" else x.amax(dims) for x in maps]
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(squeezed, 1)
-        return self.gain * torch.sigmoid(self.fc2(F.relu(self.fc1(z[:, :, None, None])))).flatten(1)
+        excited = self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1)
+        if self.gate == "tanh":
+            return 1 + torch.tanh(excited)
+        return self.gain * (torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited))
 
     def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Scale one map, or several that are squeezed together; see the class for the shapes."""
@@ -118,7 +132,20 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""
-        return f"{self.channels}, {self.r:g}" + (", channel_dim=-1" if self.channel_dim == -1 else "")
+        usual = {"channel_dim": 1, "squeeze": "mean", "gate": "sigmoid"}
+        rest = [f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
+        return f"{self.channels}, {self.r:g}" + "".join(rest)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def mark_block(module: nn.Module) -> nn.Module:
+    """Note on a module that it is an injected block, and return it."""
+    vars(module)["_se_inject_block"] = True
+    return module
+
+
+def is_block(module: nn.Module) -> bool:
+    """Tell whether a module is a block: our own, or another attention that was injected."""
+    return isinstance(module, SqueezeExcite) or "_se_inject_block" in vars(module)

@@ -12,31 +12,29 @@ from typing import Literal
 from torch import Tensor, fx
 
 from se_inject.hazards import get_ancestors, get_label
+from se_inject.merges import Merge
 
-Kind = Literal["residual", "concat", "fusion"]
+MergeKind = Literal["residual", "concat", "fusion"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a merge is, which operands are branches, and why it cannot receive a block (empty if it can)."""
+    """What a merge is.
 
-    kind: Kind
+    Attributes:
+        kind: residual, concat or fusion.
+        branches: The operands that were computed in the owner; of a fusion all operands.
+        shortcuts: The operands that bypass the computation, or pass through.
+        reason: Why it cannot receive a block, or what makes it a fusion; empty otherwise.
+    """
+
+    kind: MergeKind
     branches: tuple[fx.Node, ...] = ()
+    shortcuts: tuple[fx.Node, ...] = ()
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class FoundMerge:
-    """A merge in the graph: its node, what it joins, and the operations that it stands for."""
-
-    node: fx.Node
-    operands: list[fx.Node]
-    operations: list[fx.Node]
-    fork: fx.Node | None
-    """The last tensor that all operands were computed from."""
-
-
-def classify_sum(merge: FoundMerge, order: dict[fx.Node, int]) -> Verdict:
+def classify_sum(merge: Merge, order: dict[fx.Node, int]) -> Verdict:
     """Tell a residual sum, whose branches have more layers since the fork than its shortcut, from a fusion."""
     operands, fork = merge.operands, merge.fork
     above = [get_ancestors(x) for x in operands]
@@ -50,18 +48,23 @@ def classify_sum(merge: FoundMerge, order: dict[fx.Node, int]) -> Verdict:
     else:  # nothing in common: an argument that is handed on bypasses what is computed from another argument
         shortcuts = {i for i, n in enumerate(layers) if n == 0}
         if _are_from_one_list(operands):
-            return Verdict("fusion", reason="its operands are peers from one list, neither bypasses the other")
+            return _make_fusion(operands, "its operands are peers from one list, neither bypasses the other")
     branches = [i for i in range(len(operands)) if i not in shortcuts]
     if not branches or not shortcuts:
-        return Verdict("fusion", reason="neither operand is a shortcut of the other")
+        return _make_fusion(operands, "neither operand is a shortcut of the other")
     linear = max(layers) <= 1 and not any(_count(nodes, "activations") for nodes in since)
     if linear and (len(branches) > 1 or any(_count(since[i], "norms") for i in shortcuts)):
-        return Verdict("fusion", reason="parallel linear layers, as in a re-parameterised block")
+        return _make_fusion(operands, "parallel linear layers, as in a re-parameterised block")
     chosen = tuple(operands[i] for i in branches)
+    bypass = tuple(operands[i] for i in sorted(shortcuts))
     if not all(_count(since[i], "convolutions") for i in branches):
-        return Verdict("residual", chosen, "its branch holds no convolution")
+        return Verdict("residual", chosen, bypass, "its branch holds no convolution")
     attention = next(filter(None, (_find_attention(since[i]) for i in branches)), "")
-    return Verdict("residual", chosen, attention)
+    return Verdict("residual", chosen, bypass, attention)
+
+
+def _make_fusion(operands: list[fx.Node], reason: str) -> Verdict:
+    return Verdict("fusion", tuple(dict.fromkeys(operands)), reason=reason)
 
 
 def classify_concat(operands: list[fx.Node], gated: set[fx.Node]) -> Verdict:
@@ -76,7 +79,8 @@ def classify_concat(operands: list[fx.Node], gated: set[fx.Node]) -> Verdict:
     branches = computed or tuple(operands)
     common = set.intersection(*(get_ancestors(x) for x in operands))
     attention = next(filter(None, (_find_attention(get_ancestors(x) - common) for x in computed)), "")
-    return Verdict("concat", tuple(dict.fromkeys(branches)), attention)
+    bypass = tuple(x for x in dict.fromkeys(operands) if x not in branches)
+    return Verdict("concat", tuple(dict.fromkeys(branches)), bypass, attention)
 
 
 def _count(nodes: set[fx.Node], what: Literal["layers", "convolutions", "norms", "activations"]) -> int:

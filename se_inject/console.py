@@ -43,6 +43,8 @@ def print_json(values: object) -> None:
 
 def print_plan(plan: Plan, before: Costs, after: Costs) -> None:
     """Print a plan as tables: the sites, what is passed over and why, and the totals."""
+    if plan.note:
+        stdout.print(escape(plan.note))
     stdout.print(_tabulate_sites(plan))
     if plan.passed_over:
         stdout.print(_tabulate_passed_over(plan))
@@ -58,7 +60,7 @@ def _tabulate_sites(plan: Plan) -> Table:
             site.describe_branches(),
             f"{site.channels}",
             f"{site.hidden}",
-            f"{plan.count_parameters(site):,}",
+            f"{site.num_parameters:,}",
         )
         for site in plan.sites
     ]
@@ -113,12 +115,18 @@ def _scale(value: float | None, unit: float) -> float | None:
 
 def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
     """Turn a plan and its totals into plain values."""
-    sites = [{"path": site.path, **asdict(site), "parameters": plan.count_parameters(site)} for site in plan.sites]
+    sites = [{"path": site.path, **asdict(site)} for site in plan.sites]
     return {
         "model": plan.model,
         "divisor": plan.divisor,
         "bias": plan.bias,
+        "squeeze": plan.squeeze,
+        "gate": plan.gate,
+        "block": plan.block,
         "placement": plan.placement,
+        "concat": plan.concat,
+        "at": list(plan.at),
+        "note": plan.note,
         "sites": sites,
         "passed_over": [asdict(item) for item in plan.passed_over],
         "before": describe_costs(before),

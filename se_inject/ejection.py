@@ -13,10 +13,11 @@ from typing import Any, cast
 
 from torch import fx, nn
 
-from se_inject.block import SqueezeExcite
+from se_inject.block import is_block
 from se_inject.errors import ModelError
+from se_inject.generated import get_base
 from se_inject.marks import REMOVED, Removed, erase_marks, find_mark
-from se_inject.rewrite import copy_model, get_base
+from se_inject.rewrite import copy_model
 
 
 def eject(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -109,7 +110,7 @@ def _take_out(owner: fx.GraphModule, where: str) -> fx.Graph:
     """Copy a graph without its blocks; what they gated goes on as it is."""
     graph: Any = copy.deepcopy(owner.graph)
     for node in list(graph.nodes):
-        if node.op != "call_module" or not isinstance(owner.get_submodule(node.target), SqueezeExcite):
+        if node.op != "call_module" or not is_block(owner.get_submodule(node.target)):
             continue
         if len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])

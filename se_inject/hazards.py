@@ -6,7 +6,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves
 from se_inject.tracing import Trace
 
 
-def find_overwriting(trace: Trace, branch: fx.Node, consumer: fx.Node) -> str:
-    """Find what would no longer reach, or would spoil, a branch once its gated copy goes on to the consumer."""
+def find_overwriting(trace: Trace, source: fx.Node, consumers: Sequence[fx.Node]) -> str:
+    """Find what would no longer reach, or would spoil, a map once its gated copy goes on to its consumers."""
     nodes = list(trace.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    storage = _get_storage(branch)
+    storage = _get_storage(source)
     sharing = {n for n in nodes if _shares(n, storage)}
-    aliases = sharing - get_descendants(consumer)
-    for node in nodes[order[consumer] :]:
+    aliases = sharing.difference(*map(get_descendants, consumers))
+    for node in nodes[min(order[consumer] for consumer in consumers) :]:
         written = sharing.intersection(node.meta.get("mutates", ()))
-        if written & aliases and node is not consumer:
+        if written & aliases and node not in consumers:
             return f"its branch is overwritten in place afterwards ({get_label(node)})"
         for alias in aliases if written else ():
-            read_later = any(order[user] > order[node] for user in alias.users if user is not consumer)
+            read_later = any(order[user] > order[node] for user in alias.users if user not in consumers)
             if alias.op == "placeholder" or read_later:
                 return f"its sum is written over {get_label(alias)}, which is read again"
     return ""

@@ -28,6 +28,11 @@ ACTIVATIONS = frozenset(
     "softplus prelu rrelu threshold clamp clamp_min relu_ leaky_relu_ elu_ selu_ celu_ hardtanh_ sigmoid_ tanh_ rrelu_ "
     "threshold_ clamp_ clamp_min_".split()
 )
+POOLINGS = frozenset(
+    f"{kind}{d}d"
+    for kind in ("max_pool", "avg_pool", "lp_pool", "fractional_max_pool", "adaptive_max_pool", "adaptive_avg_pool")
+    for d in (1, 2, 3)
+)
 _MAP_NDIMS = (3, 4, 5)
 _LAYOUT = "se_inject_channel_dim"
 
@@ -39,6 +44,29 @@ class MergeCall:
     kind: MergeKind
     shape: tuple[int, ...]
     """Shape of the joined map, (N, C, H, W) or another of `is_map`."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """A convolution, linear layer or pooling of a map that was executed.
+
+    Attributes:
+        kind: conv, linear or pool.
+        channels: Channels of the input.
+        out_channels: Channels of the output.
+        positions: Number of positions (H x W) of the input.
+        out_positions: Number of positions of the output.
+        is_depthwise: Whether it is a convolution of each channel alone.
+        is_spatial: Whether it is a convolution of more than one position.
+    """
+
+    kind: Literal["conv", "linear", "pool"]
+    channels: int
+    out_channels: int
+    positions: int
+    out_positions: int
+    is_depthwise: bool = False
+    is_spatial: bool = False
 
 
 @dataclass
@@ -54,6 +82,7 @@ class Work:
     names: set[str] = field(default_factory=set)
     """Names of all torch functions that gave a tensor."""
     merges: list[MergeCall] = field(default_factory=list)
+    layer_calls: list[LayerCall] = field(default_factory=list)
 
     @property
     def layers(self) -> int:
@@ -92,13 +121,13 @@ class Watch(TorchFunctionMode):
     """Run tensors and keep the account of it in `work`.
 
     Args:
-        on_merge: Called with each merge, as it is executed.
+        on_call: Called with each merge and each layer, as it is executed.
     """
 
-    def __init__(self, on_merge: Callable[[MergeCall], None] | None = None) -> None:
+    def __init__(self, on_call: Callable[[MergeCall | LayerCall], None] | None = None) -> None:
         super().__init__()
         self.work = Work()
-        self._on_merge = on_merge
+        self._on_call = on_call
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -118,10 +147,12 @@ class Watch(TorchFunctionMode):
         work.attentions += name in PRODUCTS and _is_attention(args, kwargs)
         _note_layout(name, args, kwargs, result)
         merge = _recognise_merge(name, args, kwargs, result)
-        if merge is not None:
-            work.merges.append(merge)
-            if self._on_merge is not None:
-                self._on_merge(merge)
+        layer = _recognise_layer(name, args, kwargs, result)
+        work.merges += [merge] if merge else []
+        work.layer_calls += [layer] if layer else []
+        for call in (merge, layer):
+            if self._on_call is not None and call is not None:
+                self._on_call(call)
         return result
 
 
@@ -135,6 +166,32 @@ def _recognise_merge(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], r
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
         if len(tensors) > 1 and dim % result.ndim == get_channel_dim(tensors[0]):
             return MergeCall("concat", tuple(result.shape))
+    return None
+
+
+def count_positions(value: Tensor) -> int:
+    """Count the positions (H x W) of a map."""
+    return value.numel() // value.shape[0] // value.shape[get_channel_dim(value)] if value.numel() else 0
+
+
+def _recognise_layer(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor) -> LayerCall | None:
+    x = args[0] if args else kwargs.get("input")
+    if not is_map(x) or not x.numel() or not (is_map(result) or name in ("mean", "amax")):
+        return None
+    before = (x.shape[get_channel_dim(x)], count_positions(x))
+    if name in ("mean", "amax"):  # a squeeze or a global pooling, if nothing but channels is left
+        is_global = result.numel() == x.shape[0] * before[0] < x.numel()
+        return LayerCall("pool", before[0], before[0], before[1], 1) if is_global else None
+    after = (result.shape[get_channel_dim(result)], count_positions(result))
+    if name in POOLINGS:
+        return LayerCall("pool", before[0], after[0], before[1], after[1])
+    if name == "linear":
+        return LayerCall("linear", x.shape[-1], after[0], x.numel() // x.shape[0] // x.shape[-1], after[1])
+    if name in CONVOLUTIONS:
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        is_depthwise = "transpose" not in name and weight.shape[1] == 1 < before[0]
+        is_spatial = any(size > 1 for size in weight.shape[2:])
+        return LayerCall("conv", before[0], after[0], before[1], after[1], is_depthwise, is_spatial)
     return None
 
 

@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from se_inject.calls import Entry
-from se_inject.classify import Kind
-from se_inject.errors import PlanError
+from torch import nn
 
-Placement = Literal["standard"]
+from se_inject.block import Gate, Squeeze
+from se_inject.calls import Entry
+from se_inject.errors import PlanError
+from se_inject.placements import Placement
+from se_inject.places import Joining, Kind, Placing
+
 PLAN_VERSION = 1
 DEFAULT_R = 16.0
+SE = "se"
+"""The name of our own block."""
 _MANY = 2
 
 
@@ -29,26 +34,36 @@ class Options:
     r: float | Mapping[str, float] = DEFAULT_R
     divisor: int = 8
     bias: bool = True
+    squeeze: Squeeze = "mean"
+    gate: Gate = "sigmoid"
+    block: str | Callable[[int], nn.Module] = SE
     placement: Placement = "standard"
+    concat: Joining = "joint"
+    at: Iterable[Kind] = ()
+    stages: Iterable[int] = ()
+    skip_last_stage: bool = False
     include: Iterable[str] = ()
     exclude: Iterable[str] = ()
 
 
 @dataclass(frozen=True)
 class Site:
-    """A merge that receives a block.
+    """A place that receives a block: a merge, or (stage, conv, depthwise) a layer.
 
     Attributes:
         owner: Path of the module in whose code the merge is written; empty for the root.
         method: The owner's method that holds the merge.
         name: The attribute of the owner that holds the block.
-        kind: residual or concat.
-        index: The place of the merge among those of the method, from 0.
-        merge: The line of code (or the graph node) of the merge.
+        kind: residual, concat, fusion, stage, conv or depthwise.
+        index: The place among those of the method, from 0.
+        merge: The line of code (or the graph node) of the merge, or the layer.
         branches: The layers whose output is gated, relative to the owner.
-        channels: Channels of all branches together.
-        hidden: Outputs of the squeezing layer W1.
+        channels: Channels of all gated maps together.
+        hidden: Outputs of the squeezing layer W1; 0 for a block of another kind.
         r: The reduction ratio.
+        stage: How often the map is halved: it is `2 ** stage` times smaller than the input, so that a ResNet-50 has
+            stages 2 to 5.
+        num_parameters: Number of parameters of the block.
         num_merges: How many executed operations of the probe's pass the site stands for.
         num_spatial: How many spatial dimensions the maps have.
         channel_dim: Where the maps have their channels: 1, or -1 for channels-last activations.
@@ -65,6 +80,8 @@ class Site:
     hidden: int
     r: float
     num_merges: int
+    num_parameters: int = 0
+    stage: int = 0
     num_spatial: int = 2
     channel_dim: Literal[1, -1] = 1
 
@@ -82,7 +99,7 @@ class Site:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """A merge that receives no block, and the reason."""
+    """A merge (or a layer that was asked for) that receives no block, and the reason."""
 
     owner: str
     method: str
@@ -102,7 +119,13 @@ class Plan:
         passed_over: The others.
         divisor: Hidden channels are a multiple of this.
         bias: Whether the blocks' layers have biases.
+        squeeze: What a block squeezes a map to: its mean or its maximum.
+        gate: The activation of a block's gate.
+        block: "se", the name of another channel attention of timm's, or of a factory of the user's.
         placement: Where the block stands at a merge.
+        concat: Whether the branches of a merge are squeezed jointly, or have a block each.
+        at: The kinds of places that were asked for.
+        note: What the user should know of how the places were chosen.
         calls: What each owner with a site was called with, in plain values, for the replay; under ":forward" what the
             network itself was.
     """
@@ -112,18 +135,24 @@ class Plan:
     passed_over: tuple[PassedOver, ...] = ()
     divisor: int = 8
     bias: bool = True
+    squeeze: Squeeze = "mean"
+    gate: Gate = "sigmoid"
+    block: str = SE
     placement: Placement = "standard"
+    concat: Joining = "joint"
+    at: tuple[Kind, ...] = ("residual", "concat")
+    note: str = ""
     calls: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
         """Number of parameters of all blocks."""
-        return sum(self.count_parameters(site) for site in self.sites)
+        return sum(site.num_parameters for site in self.sites)
 
-    def count_parameters(self, site: Site) -> int:
-        """Count the parameters of the block at a site."""
-        biases = site.hidden + site.channels if self.bias else 0
-        return 2 * site.channels * site.hidden + biases
+    @property
+    def placing(self) -> Placing:
+        """How the places at merges were chosen."""
+        return Placing(self.placement, self.concat, self.at)
 
     def iterate_entries(self) -> Iterator[tuple[Entry, list[Site]]]:
         """Go through the owners' methods, each with its sites."""
@@ -161,9 +190,11 @@ class Plan:
     def __str__(self) -> str:
         """Show the plan as text, one line a site."""
         lines = [f"{self.model}: {len(self.sites)} blocks, {self.num_parameters:,} parameters"]
+        lines += [f"  {self.note}"] if self.note else []
         for site in self.sites:
-            shape = f"{site.channels} -> {site.hidden} -> {site.channels}"
-            lines.append(f"  {site.path}: {site.kind} `{site.merge}` after {site.describe_branches()} ({shape})")
+            shape = f"{site.channels} -> {site.hidden} -> {site.channels}" if site.hidden else f"{site.channels}"
+            gated = f" gating {site.describe_branches()}" if site.branches else ""
+            lines.append(f"  {site.path}: {site.kind} `{site.merge}`{gated} ({shape})")
         for (kind, reason), num in self.count_reasons().items():
             lines.append(f"  passed over {num} {kind}: {reason}")
         return "\n".join(lines)

@@ -6,22 +6,37 @@ in it. Everything that can fail fails here or in the code generation, before a m
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from se_inject.block import count_hidden
+from se_inject.attention import Recipe, count_block, find_recipe
+from se_inject.block import Gate, Squeeze
 from se_inject.calls import METHODS, Call, Entry, decode_call, describe_form, encode_call
-from se_inject.codegen import write_method
-from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
-from se_inject.merges import Inspection, Merge, inspect_entry
-from se_inject.plan import DEFAULT_R, Options, PassedOver, Placement, Plan, Site
-from se_inject.probe import Probe, Visit, probe_model
+from se_inject.codegen import write_border, write_method
+from se_inject.errors import EmptyPlanError, PlanError, TraceError
+from se_inject.layers import LAYER_SIDES, choose_layers
+from se_inject.operations import count_positions, is_map
+from se_inject.placements import Placement
+from se_inject.places import Inspection, Joining, Kind, LayerKind, Place, Placing, inspect_entry
+from se_inject.plan import DEFAULT_R, SE, Options, PassedOver, Plan, Site
+from se_inject.probe import LayerVisit, Probe, Visit, probe_model
+from se_inject.selection import check_options, filter_sites, read_ratios, set_ratios
 from se_inject.twin import Twin, check_model, get_dtype, make_twin
+
+_MERGE_KINDS: tuple[Kind, ...] = ("residual", "concat")
+_HIDDEN = "it runs inside a function that torch.fx records as one operation"
+_LAYER_NOTES = {
+    "stage": "before each downsampling",
+    "depthwise": "after each depthwise convolution, before the pointwise one",
+    "conv": "after each convolution",
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +47,13 @@ class Survey:
         plan: The plan.
         twin: The fake twin that was inspected.
         inspections: The traced code of every entry that the plan has a site in.
+        recipe: How its blocks are made; None for our own.
     """
 
     plan: Plan
     twin: Twin
     inspections: Mapping[Entry, Inspection]
+    recipe: Recipe | None = None
 
 
 def make_plan(
@@ -45,7 +62,14 @@ def make_plan(
     r: float | Mapping[str, float] = DEFAULT_R,
     divisor: int = 8,
     bias: bool = True,
+    squeeze: Squeeze = "mean",
+    gate: Gate = "sigmoid",
+    block: str | Callable[[int], nn.Module] = SE,
     placement: Placement = "standard",
+    concat: Joining = "joint",
+    at: Iterable[Kind] = (),
+    stages: Iterable[int] = (),
+    skip_last_stage: bool = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     example: object = None,
@@ -57,7 +81,20 @@ def make_plan(
         r: The reduction ratio; or one by pattern, `{"layer4.*": 32}` (the last match counts, 16 where none does).
         divisor: Hidden channels are rounded to a multiple of this.
         bias: Whether the blocks' layers have biases.
-        placement: Where the block stands; "standard" is on the branch, just before the merge.
+        squeeze: What a block squeezes a map to: its "mean" or its "max".
+        gate: The activation of a gate: "sigmoid", "hard_sigmoid" or "tanh".
+        block: "se"; another channel attention of timm's `create_attn`, such as "eca"; or a function that makes a module
+            for a number of channels. It must be an exact identity when new, or be one that can be made so.
+        placement: Where the block stands at a merge: "standard" on the branch just before it, "pre" on what enters the
+            branch, "post" on the joined map after its activation, "identity" on the shortcut, "conv3x3" after the
+            branch's middle spatial convolution (Hu et al., arXiv 1709.01507, figure 5).
+        concat: "joint" squeezes the branches of a merge together, "separate" gives each a block of its own.
+        at: The kinds of places: "residual", "concat", "fusion" (sums without a shortcut), and of layers "stage" (before
+            each downsampling), "conv" (after each convolution), "depthwise" (before the pointwise layer that follows a
+            depthwise one). By default residual and concat; where a network has none, depthwise or stage.
+        stages: The stages that alone receive blocks, counted as in the paper: the maps of stage s are `2 ** s` times
+            smaller than the input, so that a ResNet-50 has 2 to 5. All if empty.
+        skip_last_stage: Leave out the last stage, which has most of the parameters.
         include: Patterns of paths that alone receive blocks, as in `layer3.*`; all if empty.
         exclude: Patterns of paths that receive none.
         example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
@@ -74,68 +111,145 @@ def make_plan(
         >>> len(plan.sites), plan.sites[0].path, plan.num_parameters
         (8, 'layer1.0.se', 90112)
     """
-    options = Options(r, divisor, bias, placement, include, exclude)
+    options = Options(
+        r, divisor, bias, squeeze, gate, block, placement, concat, at, stages, skip_last_stage, include, exclude
+    )
     return survey_model(model, options, example=example).plan
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    probe: Probe
+    placing: Placing
+    sites: list[Site] = field(default_factory=list)
+    passed: list[PassedOver] = field(default_factory=list)
+    inspections: dict[Entry, Inspection] = field(default_factory=dict)
+    names: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, place: Place, kind: Kind, num_calls: int) -> None:
+        """Make a place a site, or pass over it."""
+        entry, num = place.entry, place.num_merges * num_calls
+        reason = place.reason
+        if not reason and kind not in self.placing.at:
+            reason = f"not asked for: at is {', '.join(self.placing.at)}"
+        if reason:
+            self.passed.append(PassedOver(entry.path, entry.method, kind, place.code, reason, num))
+            return
+        owner = self.probe.twin.model.get_submodule(entry.path)
+        name = _choose_name(owner, self.names.setdefault(entry.path, set()))
+        self.sites.append(_make_site(place, kind, name, num, _count_halvings(self.probe, place)))
 
 
 def survey_model(model: nn.Module, options: Options, *, example: object = None) -> Survey:
     """Make a plan and keep the traces; the errors are those of `make_plan`."""
-    ratios = _read_ratios(options.r)
-    _check_options(options)
+    check_options(options)
+    ratios = read_ratios(options.r)
+    recipe = find_recipe(options.block)
     probe = probe_model(model, example=example)
-    sites: list[Site] = []
-    passed: list[PassedOver] = []
-    inspections: dict[Entry, Inspection] = {}
-    taken: dict[str, set[str]] = {}
-    for entry, visit in probe.visits.items():
-        inspection, lost = _inspect(probe, entry, visit)
-        passed += lost
-        if inspection is None:
-            continue
-        inspections[entry] = inspection
-        for merge in inspection.merges:
-            num = len(merge.operations) * len(visit.calls)
-            if merge.reason:
-                passed.append(PassedOver(entry.path, entry.method, merge.kind, merge.code, merge.reason, num))
-                continue
-            name = _choose_name(probe.twin.model.get_submodule(entry.path), taken.setdefault(entry.path, set()))
-            sites.append(_make_site(merge, name, num))
-    sites, excluded = _filter(sites, tuple(options.include), tuple(options.exclude))
+    concat = options.concat if recipe is None else "separate"
+    draft = _Draft(probe, Placing(options.placement, concat, tuple(dict.fromkeys(options.at)) or _MERGE_KINDS))
+    note = _find_sites(draft, is_given=bool(tuple(options.at)))
+    sites, dropped = filter_sites(draft.sites, options)
     plan = Plan(
         model=type(model).__name__,
-        sites=tuple(_set_ratios(sites, ratios, options.divisor)),
-        passed_over=(*passed, *excluded),
+        sites=tuple(set_ratios(sites, ratios, options.divisor)),
+        passed_over=(*draft.passed, *dropped),
         divisor=options.divisor,
         bias=options.bias,
+        squeeze=options.squeeze,
+        gate=options.gate,
+        block=SE if recipe is None else recipe.name,
         placement=options.placement,
+        concat=concat,
+        at=draft.placing.at,
+        note=note,
     )
+    if recipe is not None:
+        plan = _refuse_other_layouts(plan)
     if not plan.sites:
         raise EmptyPlanError(_explain_empty(plan))
+    plan = replace(plan, sites=tuple(count_block(site, plan, recipe) for site in plan.sites))
     used = [entry for entry, _ in plan.iterate_entries()]
-    recorded = [Entry(""), *used]
-    calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in recorded}
-    return Survey(replace(plan, calls=calls), probe.twin, {entry: inspections[entry] for entry in used})
+    calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in [Entry(""), *used]}
+    inspections = {entry: draft.inspections[entry] for entry in used}
+    return Survey(replace(plan, calls=calls), probe.twin, inspections, recipe)
 
 
-def _check_options(options: Options) -> None:
-    divisor = options.divisor
-    if isinstance(divisor, bool) or not isinstance(divisor, int) or divisor < 1:
-        raise OptionError(f"divisor is {divisor!r}; it must be a whole number of at least 1")
-    for name, patterns in (("include", options.include), ("exclude", options.exclude)):
-        if isinstance(patterns, str) or not isinstance(patterns, Iterable):
-            raise OptionError(f"{name} is {patterns!r}; give a list of patterns, as in ['layer4.*']")
-    if options.placement != "standard":
-        raise OptionError(f"placement is {options.placement!r}; it must be 'standard'")
+def _find_sites(draft: _Draft, *, is_given: bool) -> str:
+    """Fill a draft; returns what the user should know of how the places were chosen."""
+    probe, note = draft.probe, ""
+    for entry, visit in probe.visits.items():
+        inspection, lost = _inspect(draft, entry, visit)
+        draft.passed += lost
+        for place in inspection.places if inspection else ():
+            if place.operations:
+                draft.add(place, place.kind, len(visit.calls))  # type: ignore[arg-type]  # of a merge
+    if not is_given and not draft.sites and not any("attention" in item.reason for item in draft.passed):
+        kind: LayerKind = "depthwise" if choose_layers(probe.layers, "depthwise") else "stage"
+        draft.placing = replace(draft.placing, at=(*draft.placing.at, kind))
+        note = f"no merge to gate, so the blocks stand {_LAYER_NOTES[kind]} ({kind})"
+    for kind in get_args(LayerKind):
+        for layer in choose_layers(probe.layers, kind) if kind in draft.placing.at else ():
+            _add_layer(draft, layer, kind)
+    return note if draft.sites else ""
 
 
-def replay_plan(model: nn.Module, plan: Plan) -> Survey:
+def _add_layer(draft: _Draft, visit: LayerVisit, kind: LayerKind) -> None:
+    entry = visit.entry
+    try:
+        if entry not in draft.inspections:
+            call = _get_only_call(draft.probe.visits[entry])
+            draft.inspections[entry] = inspect_entry(draft.probe.twin, entry, call, draft.placing)
+        place = draft.inspections[entry].get_layer_place(visit.index, LAYER_SIDES[kind])
+        _check_code(draft, entry, [place] if place else [])
+        reason = "" if place else _HIDDEN
+    except TraceError as error:
+        place, reason = None, str(error)
+    if place is None:
+        draft.passed.append(PassedOver(entry.path, entry.method, kind, visit.call.kind, reason, 0))
+        return
+    if any(site.owner == entry.path and site.index == place.index for site in draft.sites):
+        return  # stage and depthwise at one layer are one place
+    draft.add(place, kind, len(draft.probe.visits[entry].calls))
+
+
+def _count_halvings(probe: Probe, place: Place) -> int:
+    """Count how often a place's maps are halved in comparison with the network's input."""
+    call = probe.visits[Entry("")].calls[0]
+    image = next((x for x in tree_leaves((call.args, call.kwargs)) if is_map(x)), None)
+    if image is None:
+        return 0
+    return round(math.log2(max(1, count_positions(image)) / max(1, place.positions)) / (image.ndim - 2))
+
+
+def _refuse_other_layouts(plan: Plan) -> Plan:
+    """Pass over maps that are not (N, C, H, W); only our own block takes others."""
+    fits = {site.path: (site.num_spatial, site.channel_dim) == (2, 1) for site in plan.sites}
+    reason = f"{plan.block} takes maps (N, C, H, W) alone"
+    dropped = [PassedOver(s.owner, s.method, s.kind, s.merge, reason, s.num_merges) for s in plan.sites]
+    return replace(
+        plan,
+        sites=tuple(s for s in plan.sites if fits[s.path]),
+        passed_over=(*plan.passed_over, *(d for d, s in zip(dropped, plan.sites, strict=True) if not fits[s.path])),
+    )
+
+
+def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Module] | None = None) -> Survey:
     """Trace the owners that a plan names, from the calls that it recorded; the network is not run.
+
+    Args:
+        model: The network.
+        plan: The plan.
+        block: Makes the blocks, where the plan was made with a factory of the user's.
 
     Raises:
         ModelError: The model cannot be changed.
         PlanError: The plan was made for another network.
     """
     check_model(model)
+    recipe = find_recipe(block or plan.block)
     twin = make_twin(model)
     inspections = {}
     for entry, sites in plan.iterate_entries():
@@ -143,48 +257,64 @@ def replay_plan(model: nn.Module, plan: Plan) -> Survey:
         if entry.method not in METHODS:
             raise PlanError(f"{where}: {entry.method} is none of {', '.join(METHODS)}")
         try:
-            inspections[entry] = inspect_entry(twin, entry, decode_call(plan.calls[entry.key], twin))
-            merges = inspections[entry].merges
-            difference = next(filter(None, (_compare(site, merges, plan.divisor) for site in sites)), "")
+            call = decode_call(plan.calls[entry.key], twin)
+            inspections[entry] = inspect_entry(twin, entry, call, plan.placing)
+            places = inspections[entry].places
+            difference = next(filter(None, (_compare(site, places, plan, recipe) for site in sites)), "")
         except (AttributeError, KeyError, TypeError, ValueError, ArithmeticError, TraceError) as error:
             raise PlanError(f"{where}: {error}; make a new one") from error
         if difference:
             raise PlanError(f"{where}: {difference}; make a new one")
-    return Survey(plan, twin, inspections)
+    return Survey(plan, twin, inspections, recipe)
 
 
-def _compare(site: Site, merges: list[Merge], divisor: int) -> str:
-    """Tell in what a site of a plan differs from the merges that the network has."""
-    merge = merges[site.index] if 0 <= site.index < len(merges) else None
-    if merge is None:
-        return f"it says {site.kind} number {site.index}, found {len(merges)} merges"
-    if (merge.num_spatial, merge.channel_dim) != (site.num_spatial, site.channel_dim):
+def _compare(site: Site, places: list[Place], plan: Plan, recipe: Recipe | None) -> str:
+    """Tell in what a site of a plan differs from the places that the network has."""
+    place = places[site.index] if 0 <= site.index < len(places) else None
+    if place is None:
+        return f"it says {site.kind} number {site.index}, found {len(places)} places"
+    if (place.num_spatial, place.channel_dim) != (site.num_spatial, site.channel_dim):
         return "the maps have other dimensions"
-    if (merge.kind, merge.channels) != (site.kind, site.channels):
-        return f"it says {site.kind} of {site.channels} channels, found {merge.kind} of {merge.channels}"
-    if not site.r >= 1 or site.hidden != count_hidden(site.channels, site.r, divisor=divisor):
+    expected = next((side for kind, side in LAYER_SIDES.items() if kind == site.kind), site.kind)
+    if (place.kind, place.channels) != (expected, site.channels):
+        return f"it says {site.kind} of {site.channels} channels, found {place.kind} of {place.channels}"
+    if not site.r >= 1 or site != count_block(site, plan, recipe):
         return f"{site.hidden} hidden channels are not what r={site.r:g} gives"
-    return merge.reason
+    return place.reason
 
 
-def _inspect(probe: Probe, entry: Entry, visit: Visit) -> tuple[Inspection | None, list[PassedOver]]:
+def _inspect(draft: _Draft, entry: Entry, visit: Visit) -> tuple[Inspection | None, list[PassedOver]]:
     """Trace an entry; merges that ran but are not in its graph are passed over with the reason."""
     if not visit.merges:
         return None, []
     ran = Counter(merge.kind for merge in visit.merges)
     inspection = None
-    reason = "it runs inside a function that torch.fx records as one operation"
+    reason = _HIDDEN
     try:
-        found = inspect_entry(probe.twin, entry, _get_only_call(visit))
-        if not all(merge.reason for merge in found.merges):
-            # What cannot be written down is found out now, and not when the model is about to be changed.
-            write_method(probe.twin.model.get_submodule(entry.path), found.traces)
-        for merge in found.merges:
-            ran["concat" if merge.kind == "concat" else "sum"] -= len(merge.operations) * len(visit.calls)
+        found = inspect_entry(draft.probe.twin, entry, _get_only_call(visit), draft.placing)
+        draft.inspections[entry] = found
+        merges = [place for place in found.places if place.operations]
+        _check_code(draft, entry, merges)
+        for merge in merges:
+            ran["concat" if merge.kind == "concat" else "sum"] -= merge.num_merges * len(visit.calls)
         inspection, reason = found, found.difference or reason
     except TraceError as error:
         reason = str(error)
     return inspection, [PassedOver(entry.path, entry.method, kind, "", reason, n) for kind, n in ran.items() if n > 0]
+
+
+def _check_code(draft: _Draft, entry: Entry, places: list[Place]) -> None:
+    """Find out now, and not when the model is about to be changed, what cannot be written down.
+
+    Raises:
+        TraceError: The code cannot be written.
+    """
+    owner, traces = draft.probe.twin.model.get_submodule(entry.path), draft.inspections[entry].traces
+    if not all(place.reason for place in places):
+        if traces:
+            write_method(owner, traces)
+        else:
+            write_border(owner, entry.method, {})
 
 
 def _get_only_call(visit: Visit) -> Call:
@@ -195,21 +325,22 @@ def _get_only_call(visit: Visit) -> Call:
     return visit.calls[0]
 
 
-def _make_site(merge: Merge, name: str, num_merges: int) -> Site:
+def _make_site(place: Place, kind: Kind, name: str, num_merges: int, stage: int) -> Site:
     return Site(
-        owner=merge.entry.path,
-        method=merge.entry.method,
+        owner=place.entry.path,
+        method=place.entry.method,
         name=name,
-        kind=merge.kind,
-        index=merge.index,
-        merge=merge.code,
-        branches=tuple(branch.label for branch in merge.branches),
-        channels=merge.channels,
+        kind=kind,
+        index=place.index,
+        merge=place.code,
+        branches=tuple(edge.label for edge in place.edges),
+        channels=place.channels,
         hidden=0,
         r=DEFAULT_R,
         num_merges=num_merges,
-        num_spatial=merge.num_spatial,
-        channel_dim=merge.channel_dim,
+        stage=stage,
+        num_spatial=place.num_spatial,
+        channel_dim=place.channel_dim,
     )
 
 
@@ -227,68 +358,15 @@ def is_free(owner: nn.Module, name: str) -> bool:
     return not hasattr(owner, name) or (in_place and getattr(owner, name) is None)
 
 
-def _matches(site: Site, pattern: str) -> bool:
-    return fnmatchcase(site.owner, pattern) or fnmatchcase(site.path, pattern)
-
-
-def _filter(
-    sites: list[Site], include: tuple[str, ...], exclude: tuple[str, ...]
-) -> tuple[list[Site], list[PassedOver]]:
-    for pattern in (*include, *exclude):
-        _check_pattern(pattern, sites)
-    kept: list[Site] = []
-    dropped: list[PassedOver] = []
-    for site in sites:
-        excluding = [p for p in exclude if _matches(site, p)]
-        if excluding:
-            reason = f"excluded by {excluding[0]!r}"
-        elif include and not any(_matches(site, p) for p in include):
-            reason = "not included by " + ", ".join(map(repr, include))
-        else:
-            kept.append(site)
-            continue
-        dropped.append(PassedOver(site.owner, site.method, site.kind, site.merge, reason, site.num_merges))
-    return kept, dropped
-
-
-def _check_pattern(pattern: str, sites: list[Site]) -> None:
-    if sites and not any(_matches(site, pattern) for site in sites):
-        known = ", ".join(site.owner or "(root)" for site in sites[:3])
-        raise OptionError(
-            f"the pattern {pattern!r} matches none of the {len(sites)} sites ({known}, ...); give a path with * and ?"
-        )
-
-
-def _read_ratios(r: float | Mapping[str, float]) -> dict[str, float]:
-    ratios = dict(r) if isinstance(r, Mapping) else {"*": r}
-    for pattern, ratio in ratios.items():
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio >= 1:
-            where = "" if pattern == "*" else f" for {pattern!r}"
-            raise OptionError(f"r is {ratio!r}{where}; the reduction ratio must be a number of at least 1")
-    return ratios
-
-
-def _set_ratios(sites: list[Site], ratios: dict[str, float], divisor: int) -> list[Site]:
-    for pattern in ratios:
-        if pattern != "*":
-            _check_pattern(pattern, sites)
-    chosen = []
-    widest: dict[float, int] = {}
-    for site in sites:
-        r = next((ratios[p] for p in reversed(ratios) if _matches(site, p)), DEFAULT_R)
-        widest[r] = max(widest.get(r, 0), site.channels)
-        chosen.append(replace(site, r=r, hidden=count_hidden(site.channels, r, divisor=divisor)))
-    for r, channels in widest.items():
-        if r > channels:
-            raise OptionError(f"r is {r:g}, but the widest of its sites has {channels} channels; give a smaller r")
-    return chosen
-
-
 def _explain_empty(plan: Plan) -> str:
+    seen = {item.kind for item in plan.passed_over}
+    missing = [kind for kind in plan.at if kind in _LAYER_NOTES and kind not in seen]
+    if missing and len(plan.at) == len(missing):
+        return f"{plan.model} has no place for a block: no layer for {' or '.join(missing)} ran; ask for other kinds"
     if not plan.passed_over:
         return (
-            f"{plan.model} has no merge: no residual addition or channel concatenation of feature maps (N, C, ...) "
-            f"ran, so there is no place for a block"
+            f"{plan.model} has no place for a block: no residual addition, channel concatenation or downsampling of "
+            f"feature maps (N, C, ...) ran"
         )
     reasons = "; ".join(f"{num} x {kind}: {reason}" for (kind, reason), num in plan.count_reasons().items())
-    return f"{plan.model} has no merge that can receive a block: {reasons}"
+    return f"{plan.model} has no place that can receive a block: {reasons}"

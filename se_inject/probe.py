@@ -23,7 +23,7 @@ from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError
 from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.operations import MergeCall, Watch, find_channel_dim, set_channel_dim
+from se_inject.operations import LayerCall, MergeCall, Watch, find_channel_dim, set_channel_dim
 from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, quiet, set_training
 
 # What a forward raises over fake tensors where it asks for values.
@@ -39,16 +39,27 @@ class Visit:
 
 
 @dataclass(frozen=True)
+class LayerVisit:
+    """A layer that ran in the own code of an entry, the `index`-th of it."""
+
+    entry: Entry
+    index: int
+    call: LayerCall
+
+
+@dataclass(frozen=True)
 class Probe:
     """The result of a probe.
 
     Attributes:
         twin: A fake twin, for the modules' code; it has not been run.
         visits: What was seen of each entry, in the order in which they were first called.
+        layers: The layers that ran in eval mode, in their order.
     """
 
     twin: Twin
     visits: dict[Entry, Visit]
+    layers: list[LayerVisit]
 
 
 def probe_model(model: nn.Module, *, example: object = None) -> Probe:
@@ -73,15 +84,15 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     for call in tries:
         visits: dict[Entry, Visit] = {}
         try:
-            _run(twin, call, visits, training=False)
+            layers = _run(twin, call, visits, training=False)
         except _DATA_DEPENDENT:
-            visits = _run_real(model, call, twin.mode)
+            visits, layers = _run_real(model, call, twin.mode)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
             failures.append((call, error))
             continue
         _visit_training(twin, call, visits)
         # The twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
-        return Probe(make_twin(model, twin.mode), visits)
+        return Probe(make_twin(model, twin.mode), visits, layers)
     hint = "give example= with the shape that it is trained on"
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; {hint}")
@@ -92,7 +103,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     raise ExampleError(message) from reason
 
 
-def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> dict[Entry, Visit]:
+def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> tuple[dict[Entry, Visit], list[LayerVisit]]:
     """Run a copy of a network whose course depends on its data, as detection's does, on real zeros.
 
     What its modules are called with is made fake afterwards.
@@ -112,13 +123,14 @@ def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> dict[Entry,
 
     visits: dict[Entry, Visit] = {}
     try:
-        _run(twin, Call(*tree_map(make_real, (call.args, call.kwargs))), visits, training=False, is_fake=False)
+        given = Call(*tree_map(make_real, (call.args, call.kwargs)))
+        layers = _run(twin, given, visits, training=False, is_fake=False)
     except Exception as error:
         message = f"{type(model).__name__} does not run on an input of {describe_shapes(call)}: {get_first_line(error)}"
         raise ExampleError(f"{message}; give example= with one that it runs on") from error
     for visit in visits.values():
         visit.calls = [Call(*tree_map(make_fake, (c.args, c.kwargs))) for c in visit.calls]
-    return visits
+    return visits, layers
 
 
 def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:
@@ -132,7 +144,9 @@ def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:
         seen.merges = seen.merges or visit.merges
 
 
-def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool, is_fake: bool = True) -> None:
+def _run(
+    twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool, is_fake: bool = True
+) -> list[LayerVisit]:
     recorder = _Recorder(visits)
     recorder.attach(twin.model)
     try:
@@ -145,10 +159,11 @@ def _run(twin: Twin, call: Call, visits: dict[Entry, Visit], *, training: bool, 
             torch.set_grad_enabled(training),
         ):
             args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-            with Watch(recorder.note_merge):
+            with Watch(recorder.note):
                 twin.model(*args, **kwargs)
     finally:
         recorder.detach()
+    return recorder.layers
 
 
 class _Recorder:
@@ -156,7 +171,9 @@ class _Recorder:
 
     def __init__(self, visits: dict[Entry, Visit]) -> None:
         self._visits = visits
+        self.layers: list[LayerVisit] = []
         self._stack: list[Entry] = []
+        self._num_layers: list[int] = []
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -174,12 +191,18 @@ class _Recorder:
         for undo in self._undo:
             undo()
 
-    def note_merge(self, merge: MergeCall) -> None:
-        if self._stack:  # a hook of the root runs before any entry
-            self._visits[self._stack[-1]].merges.append(merge)
+    def note(self, call: MergeCall | LayerCall) -> None:
+        if not self._stack:
+            return  # a hook of the root runs before any entry
+        if isinstance(call, MergeCall):
+            self._visits[self._stack[-1]].merges.append(call)
+        else:
+            self.layers.append(LayerVisit(self._stack[-1], self._num_layers[-1], call))
+            self._num_layers[-1] += 1
 
     def _enter(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._stack.append(entry)
+        self._num_layers.append(0)
         call = Call(*tree_map(lambda x: x, (args, kwargs)))  # containers are copied: a network may change them
         self._visits.setdefault(entry, Visit()).calls.append(call)
 
@@ -188,6 +211,7 @@ class _Recorder:
 
     def _leave(self, *_: object) -> None:
         self._stack.pop()
+        self._num_layers.pop()
 
     def _wrap(self, module: nn.Module, entry: Entry) -> None:
         method = getattr(module, entry.method)

@@ -8,29 +8,25 @@ Either all blocks go in, or the model is as it was.
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib
-import linecache
 import operator
 import re
-import sys
-import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import cast
 
 from torch import fx, nn
 
-from se_inject.block import SqueezeExcite
-from se_inject.codegen import Method, write_class, write_method
+from se_inject.attention import make_block
+from se_inject.block import Gate, Squeeze, is_block, mark_block
+from se_inject.codegen import Method, write_border, write_method
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
+from se_inject.generated import derive_class
 from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
-from se_inject.merges import Merge
-from se_inject.plan import DEFAULT_R, Options, Placement, Plan, Site
+from se_inject.placements import Placement
+from se_inject.places import Joining, Kind, Place
+from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
 from se_inject.planner import Survey, is_free, replay_plan, survey_model
 from se_inject.twin import get_device, get_dtype
-
-_GENERATED = "se_inject.generated"
 
 
 def inject(
@@ -40,7 +36,14 @@ def inject(
     r: float | Mapping[str, float] = DEFAULT_R,
     divisor: int = 8,
     bias: bool = True,
+    squeeze: Squeeze = "mean",
+    gate: Gate = "sigmoid",
+    block: str | Callable[[int], nn.Module] = SE,
     placement: Placement = "standard",
+    concat: Joining = "joint",
+    at: Iterable[Kind] = (),
+    stages: Iterable[int] = (),
+    skip_last_stage: bool = False,
     include: Iterable[str] = (),
     exclude: Iterable[str] = (),
     example: object = None,
@@ -53,11 +56,19 @@ def inject(
 
     Args:
         model: The trained network.
-        plan: What to do, from `make_plan`; then the other options but `inplace` are not used.
+        plan: What to do, from `make_plan`; then the other options are not used, but `inplace`, and `block` where the
+            plan was made with a factory.
         r: The reduction ratio; or one by pattern, `{"layer4.*": 32}`.
         divisor: Hidden channels are rounded to a multiple of this.
         bias: Whether the blocks' layers have biases.
-        placement: Where the block stands at a merge; see `make_plan`.
+        squeeze: What a block squeezes a map to: its "mean" or its "max".
+        gate: The activation of a gate: "sigmoid", "hard_sigmoid" or "tanh".
+        block: "se", a name of timm's `create_attn`, or a function that makes a module for a number of channels.
+        placement: Where the block stands at a merge: "standard", "pre", "post", "identity" or "conv3x3".
+        concat: "joint" squeezes the branches of a merge together, "separate" gives each a block of its own.
+        at: The kinds of places, such as "fusion" or "stage"; see `make_plan`.
+        stages: The stages that alone receive blocks.
+        skip_last_stage: Leave out the last stage.
         include: Patterns of paths that alone receive blocks.
         exclude: Patterns of paths that receive none.
         example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
@@ -76,13 +87,15 @@ def inject(
         >>> type(model).__name__, len(blocks(model))
         ('ResNet', 8)
     """
-    options = Options(r, divisor, bias, placement, include, exclude)
+    options = Options(
+        r, divisor, bias, squeeze, gate, block, placement, concat, at, stages, skip_last_stage, include, exclude
+    )
     if plan is None:
         survey = survey_model(model, options, example=example)
-    elif options != Options() or example is not None:
+    elif replace(options, block=SE) != Options() or (isinstance(block, str) and block != SE) or example is not None:
         raise OptionError("plan= holds all options already; give either plan= or the options, not both")
     else:
-        survey = replay_plan(model, plan)
+        survey = replay_plan(model, plan, block=None if isinstance(block, str) else block)
     surgeries = _prepare(model, survey)
     target = model if inplace else copy_model(model)
     for surgery in surgeries:
@@ -91,15 +104,15 @@ def inject(
     return target
 
 
-def blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
-    """List the squeeze-and-excitation blocks of a model by path.
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """List the blocks of a model by path: our own, or those of another attention that was injected.
 
     Example:
         >>> import torchvision
         >>> list(blocks(inject(torchvision.models.resnet18())).items())[0]
         ('layer1.0.se', SqueezeExcite(64, 16))
     """
-    return {path: module for path, module in model.named_modules() if isinstance(module, SqueezeExcite)}
+    return {path: module for path, module in model.named_modules() if is_block(module)}
 
 
 def find_plan(model: nn.Module) -> Plan | None:
@@ -120,17 +133,12 @@ def get_plan(model: nn.Module) -> Plan:
     return plan
 
 
-def get_base(cls: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a generated class was derived from; any other class is returned as it is."""
-    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined]
-
-
 @dataclass
 class _Surgery:
     """What happens to one owner: its blocks, and its new class or (a GraphModule's) graph."""
 
     path: str
-    blocks: dict[str, SqueezeExcite] = field(default_factory=dict)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
     methods: dict[str, Method] = field(default_factory=dict)
     graph: fx.Graph | None = None
     cls: type[nn.Module] | None = None
@@ -143,7 +151,7 @@ class _Surgery:
         removed = {name: vars(owner).pop(name) for name in (*self.blocks, *self.methods) if name in vars(owner)}
         children = tuple(name for name in self.blocks if name in owner._modules)
         for name, block in self.blocks.items():
-            owner.add_module(name, block.train(owner.training))
+            owner.add_module(name, mark_block(block).train(owner.training))
         if self.graph is not None:
             cast("fx.GraphModule", owner).graph = self.graph
         else:
@@ -159,60 +167,62 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
         surgery = surgeries.setdefault(entry.path, _Surgery(entry.path))
         inspection = survey.inspections[entry]
         for site in sites:
-            surgery.blocks[site.name] = _make_block(site, survey.plan, model)
-            surgery.notes.append(f"`{site.name}` gates {site.describe_branches()} at `{site.merge}`")
-            for trace, merges in zip(inspection.traces, inspection.found, strict=True):
-                _insert_block(trace.graph, site.name, merges[site.index])
+            surgery.blocks[site.name] = _make_block(site, survey, model)
+            gated = f"{site.describe_branches()} at `{site.merge}`" if site.branches else f"the {site.merge}"
+            surgery.notes.append(f"`{site.name}` gates {gated}")
+            for trace, places in zip(inspection.traces, inspection.found, strict=False):
+                _insert_block(trace.graph, site.name, places[site.index])
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
             surgery.graph = _forget_values(inspection.traces[0].graph)
-        else:
-            try:
+            continue
+        try:
+            if inspection.traces:
                 surgery.methods[entry.method] = write_method(owner, inspection.traces)
-            except TraceError as error:
-                raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
+            else:
+                sides = {str(inspection.places[site.index].kind): site.name for site in sites}
+                surgery.methods[entry.method] = write_border(owner, entry.method, sides)
+        except TraceError as error:
+            raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
+    prefix = "SE" if survey.recipe is None else "Gated"
     for surgery in surgeries.values():
         if surgery.graph is None:
-            surgery.cls = _derive_class(type(model.get_submodule(surgery.path)), surgery.notes, surgery.methods)
+            base = type(model.get_submodule(surgery.path))
+            surgery.cls = derive_class(base, surgery.notes, surgery.methods, prefix=prefix)
     return list(surgeries.values())
 
 
-def _make_block(site: Site, plan: Plan, model: nn.Module) -> SqueezeExcite:
+def _make_block(site: Site, survey: Survey, model: nn.Module) -> nn.Module:
     owner = model.get_submodule(site.owner)
     if not is_free(owner, site.name) or not re.fullmatch(r"se\d*", site.name):
         raise PlanError(
             f"{type(owner).__name__} at {site.owner!r} has no room for an attribute {site.name!r}; make a new plan"
         )
     home = owner if any(p.is_floating_point() for p in owner.parameters()) else model
-    return SqueezeExcite(
-        site.channels,
-        site.r,
-        divisor=plan.divisor,
-        bias=plan.bias,
-        num_spatial=site.num_spatial,
-        channel_dim=site.channel_dim,
-        device=get_device(home),
-        dtype=get_dtype(home),
-    )
+    return make_block(site, survey.plan, survey.recipe, device=get_device(home), dtype=get_dtype(home))
 
 
-def _insert_block(graph: fx.Graph, name: str, merge: Merge) -> None:
+def _insert_block(graph: fx.Graph, name: str, place: Place) -> None:
     nodes = {node.name: node for node in graph.nodes}
-    branches = [nodes[branch.node] for branch in merge.branches]
-    consumers = [nodes[branch.consumer] for branch in merge.branches]
-    if len(branches) == 1:
-        with graph.inserting_before(consumers[0]):
-            consumers[0].replace_input_with(branches[0], graph.call_module(name, (branches[0],)))
+    sources = [nodes[edge.node] for edge in place.edges]
+    readers = [[nodes[consumer] for consumer in edge.consumers] for edge in place.edges]
+    if len(sources) == 1:
+        first = next(node for node in graph.nodes if node in readers[0])
+        with graph.inserting_before(first):
+            block = graph.call_module(name, (sources[0],))
+        for reader in readers[0]:
+            reader.replace_input_with(sources[0], block)
         return
-    operations = [nodes[operation] for operation in merge.operations]
+    operations = [nodes[operation] for operation in place.operations]
     for operation in operations[:-1]:
         operations[-1].prepend(operation)  # the additions of a chain wait until every branch has been gated
     with graph.inserting_before(operations[0]):
-        block = graph.call_module(name, tuple(branches))
-        block.meta["joint"] = len(branches)
-        gated = [_take_item(graph, block, i, branch) for i, branch in enumerate(branches)]
-    for branch, consumer, item in zip(branches, consumers, gated, strict=True):
-        consumer.replace_input_with(branch, item)
+        block = graph.call_module(name, tuple(sources))
+        block.meta["joint"] = len(sources)
+        gated = [_take_item(graph, block, i, source) for i, source in enumerate(sources)]
+    for source, consumers, item in zip(sources, readers, gated, strict=True):
+        for consumer in consumers:
+            consumer.replace_input_with(source, item)
 
 
 def _take_item(graph: fx.Graph, block: fx.Node, i: int, branch: fx.Node) -> fx.Node:
@@ -239,60 +249,3 @@ def copy_model(model: nn.Module) -> nn.Module:
     except (TypeError, RuntimeError) as error:
         line = str(error).splitlines()[0]
         raise ModelError(f"{type(model).__name__} cannot be copied ({line}); use inplace=True") from error
-
-
-# Generated classes. They live in modules of their own, so that inspect.getsource and tracebacks show their code.
-
-_classes: dict[tuple[object, ...], type[nn.Module]] = {}
-
-
-def _derive_class(base: type[nn.Module], notes: list[str], methods: Mapping[str, Method]) -> type[nn.Module]:
-    name = f"SE{base.__name__}"
-    docstring = f"{base.__name__} with squeeze-and-excitation: {'; '.join(notes)}."
-    source = write_class(name, base.__name__, docstring.replace("\\", "/").replace('"', "'"), list(methods.values()))
-    names = {name: value for method in methods.values() for name, value in method.names.items()}
-    return _make_class(base, name, source, names)
-
-
-def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:
-    """Make the class of a source text; the same text over the same base gives the same class."""
-    key = (base, source, *sorted((name, id(value)) for name, value in names.items()))
-    if key not in _classes:
-        identity = repr((base.__module__, base.__qualname__, len(_classes), source)).encode()
-        module = types.ModuleType(f"{_GENERATED}.{name}_{hashlib.sha256(identity).hexdigest()[:8]}")
-        module.__file__ = f"<{module.__name__}>"
-        vars(module).update(names)
-        vars(module)[base.__name__] = base
-        try:
-            exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, from the plan
-        except Exception as error:
-            message = f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
-            raise ModelError(message) from error
-        linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
-        sys.modules[module.__name__] = module
-        made = vars(module)[name]
-        made._se_inject_code = (base, name, source, dict(names))
-        made.__reduce_ex__ = _reduce
-        _classes[key] = made
-    return _classes[key]
-
-
-def _reduce(self: nn.Module, protocol: int) -> Any:
-    """Pickle an instance of a generated class: the class is made anew from its base and its source."""
-    cls: type[nn.Module] = next(c for c in type(self).__mro__ if "_se_inject_code" in vars(c))
-    reduced: Any = super(cls, self).__reduce_ex__(protocol)
-    if type(self) is not cls:
-        return reduced  # an instance of somebody's subclass, pickled like any other
-    constructor, args, *rest = reduced
-    if args[:1] != (cls,):
-        raise TypeError(f"{cls.__name__} cannot be pickled: {get_base(cls).__name__} defines a __reduce__ of its own")
-    base, name, source, names = cls._se_inject_code  # type: ignore[attr-defined]
-    modules = {key: value.__name__ for key, value in names.items() if isinstance(value, types.ModuleType)}
-    others = {key: value for key, value in names.items() if key not in modules}
-    return (_restore, ((base, name, source, others, modules), constructor, *args[1:]), *rest)
-
-
-def _restore(code: tuple[Any, ...], constructor: Any, *args: object) -> Any:
-    base, name, source, names, modules = code
-    imported = {key: importlib.import_module(module) for key, module in modules.items()}
-    return constructor(_make_class(base, name, source, {**names, **imported}), *args)

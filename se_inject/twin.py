@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
-from se_inject.block import SqueezeExcite
+from se_inject.block import is_block
 from se_inject.errors import ModelError
 
 
@@ -83,7 +83,7 @@ def check_model(model: nn.Module) -> None:
             )
         if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
             raise ModelError(f"{where} is a lazy layer without weights; run the network once first")
-        if hasattr(kind, "_se_inject_code") or isinstance(module, SqueezeExcite):
+        if hasattr(kind, "_se_inject_code") or is_block(module):
             raise ModelError(f"the model is injected already ({where}); inject into the original network")
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from se_inject.calls import Call, Entry
-from se_inject.merges import inspect_entry
+from se_inject.places import Placing, inspect_entry
 from se_inject.twin import make_twin
 from tests import nets
 
@@ -13,7 +13,8 @@ SHAPE = (2, 16, 8, 8)
 def find(module, *args):
     twin = make_twin(module)
     tensors = [twin.make_tensor(a, torch.float32) for a in args or [SHAPE]]
-    return inspect_entry(twin, Entry(""), Call(tuple(tensors), {})).merges
+    found = inspect_entry(twin, Entry(""), Call(tuple(tensors), {}), Placing())
+    return [place for place in found.places if place.operations]
 
 
 def only(module, *args):
@@ -23,7 +24,7 @@ def only(module, *args):
 
 
 def labels(merge):
-    return [branch.label for branch in merge.branches]
+    return [edge.label for edge in merge.edges]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_sum_that_is_added_to_itself_is_one_more_addition(in_place):
 def test_the_block_goes_before_layer_scale_and_dropout():
     merge = only(nets.Dropped())
     assert labels(merge) == ["bn2"]
-    assert merge.branches[0].consumer == "mul"
+    assert merge.edges[0].consumers == ("mul",)
 
 
 def test_drop_path_of_timm_and_torchvision_is_walked_over():
@@ -85,7 +86,7 @@ def test_drop_path_of_timm_and_torchvision_is_walked_over():
                 return x + self.drop(self.branch(x))
 
         merge = only(WithDrop())
-        assert (labels(merge), merge.branches[0].consumer) == (["bn2"], "drop")
+        assert (labels(merge), merge.edges[0].consumers) == (["bn2"], ("drop",))
 
 
 def test_a_shortcut_that_is_handed_in_is_a_shortcut():
@@ -95,7 +96,7 @@ def test_a_shortcut_that_is_handed_in_is_a_shortcut():
 
 def test_every_branch_of_a_concatenation_is_gated_together():
     merge = only(nets.Fire())
-    assert (merge.kind, merge.channels, [b.channels for b in merge.branches]) == ("concat", 32, [12, 20])
+    assert (merge.kind, merge.channels, [e.channels for e in merge.edges]) == ("concat", 32, [12, 20])
 
 
 def test_dense_connections_and_untouched_halves_pass_through():
@@ -111,7 +112,7 @@ def test_a_stage_whose_operands_all_pass_through_is_gated_over_all():
 def test_a_list_that_is_handed_in_is_merged_by_the_parent():
     twin = make_twin(nets.DenseLayer(24, 8))
     maps = [twin.make_tensor((2, c, 8, 8), torch.float32) for c in (16, 8)]
-    merge = inspect_entry(twin, Entry(""), Call((maps,), {})).merges[0]
+    merge = inspect_entry(twin, Entry(""), Call((maps,), {}), Placing()).places[0]
     assert merge.reason == "it joins a list that it is handed; those features are merged again by its parent"
 
 
@@ -136,7 +137,7 @@ def test_attention_of_timm_is_recognised_by_its_structure(name):
 
 def test_parallel_linear_layers_are_a_fusion():
     merge = only(nets.RepVgg())
-    assert (merge.kind, merge.branches) == ("fusion", ())
+    assert merge.kind == "fusion"
     assert "re-parameterised" in merge.reason
 
 

@@ -24,7 +24,7 @@ def test_a_site_says_where_what_and_how_much(resnet18):
     plan = make_plan(resnet18, r=16)
     site = plan.sites[2]
     assert (site.path, site.kind, site.merge, site.branches) == ("layer2.0.se", "residual", "x += shortcut", ("bn2",))
-    assert (site.channels, site.hidden, plan.count_parameters(site)) == (128, 8, 2184)
+    assert (site.channels, site.hidden, site.num_parameters) == (128, 8, 2184)
     assert plan.num_parameters == 90112
 
 

@@ -1,0 +1,96 @@
+"""Generated classes: subclasses of an owner's class whose methods run the blocks.
+
+Takes a class and the source of its methods, gives a class. They live in modules of their own, so that inspect.getsource
+and tracebacks show their code, and are pickled as their source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import linecache
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from se_inject.codegen import Method, write_class
+from se_inject.errors import ModelError
+
+_GENERATED = "se_inject.generated"
+
+_classes: dict[tuple[object, ...], type[nn.Module]] = {}
+
+
+def get_base(cls: type[nn.Module]) -> type[nn.Module]:
+    """Return the class that a generated class was derived from; any other class is returned as it is."""
+    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined]
+
+
+def derive_class(
+    base: type[nn.Module], notes: Sequence[str], methods: Mapping[str, Method], *, prefix: str
+) -> type[nn.Module]:
+    """Derive a class that has the given methods.
+
+    Args:
+        base: The owner's class.
+        notes: What the methods do, for the docstring.
+        methods: The methods by name.
+        prefix: What the class's name begins with: `SE` gives `SEBottleneck`.
+
+    Raises:
+        ModelError: No class can be derived from the base.
+    """
+    name = f"{prefix}{base.__name__}"
+    docstring = f"{base.__name__} with channel attention: {'; '.join(notes)}."
+    if prefix == "SE":
+        docstring = docstring.replace("channel attention", "squeeze-and-excitation", 1)
+    source = write_class(name, base.__name__, docstring.replace("\\", "/").replace('"', "'"), list(methods.values()))
+    names = {name: value for method in methods.values() for name, value in method.names.items()}
+    return _make_class(base, name, source, names)
+
+
+def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:
+    """Make the class of a source text; the same text over the same base gives the same class."""
+    key = (base, source, *sorted((name, id(value)) for name, value in names.items()))
+    if key not in _classes:
+        identity = repr((base.__module__, base.__qualname__, len(_classes), source)).encode()
+        module = types.ModuleType(f"{_GENERATED}.{name}_{hashlib.sha256(identity).hexdigest()[:8]}")
+        module.__file__ = f"<{module.__name__}>"
+        vars(module).update(names)
+        vars(module)[base.__name__] = base
+        try:
+            exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, from the plan
+        except Exception as error:
+            message = f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
+            raise ModelError(message) from error
+        linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
+        sys.modules[module.__name__] = module
+        made = vars(module)[name]
+        made._se_inject_code = (base, name, source, dict(names))
+        made.__reduce_ex__ = _reduce
+        _classes[key] = made
+    return _classes[key]
+
+
+def _reduce(self: nn.Module, protocol: int) -> Any:
+    """Pickle an instance of a generated class: the class is made anew from its base and its source."""
+    cls: type[nn.Module] = next(c for c in type(self).__mro__ if "_se_inject_code" in vars(c))
+    reduced: Any = super(cls, self).__reduce_ex__(protocol)
+    if type(self) is not cls:
+        return reduced  # an instance of somebody's subclass, pickled like any other
+    constructor, args, *rest = reduced
+    if args[:1] != (cls,):
+        raise TypeError(f"{cls.__name__} cannot be pickled: {get_base(cls).__name__} defines a __reduce__ of its own")
+    base, name, source, names = cls._se_inject_code  # type: ignore[attr-defined]
+    modules = {key: value.__name__ for key, value in names.items() if isinstance(value, types.ModuleType)}
+    others = {key: value for key, value in names.items() if key not in modules}
+    return (_restore, ((base, name, source, others, modules), constructor, *args[1:]), *rest)
+
+
+def _restore(code: tuple[Any, ...], constructor: Any, *args: object) -> Any:
+    base, name, source, names, modules = code
+    imported = {key: importlib.import_module(module) for key, module in modules.items()}
+    return constructor(_make_class(base, name, source, {**names, **imported}), *args)

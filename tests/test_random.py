@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, seed, settings, strategies
 from torch import nn
 
 from se_inject import blocks, eject, inject, load, save
@@ -107,17 +107,33 @@ def assert_it_is_still_a_module(network, injected, original, x, path):
             assert_equal_outputs(again.eval()(x.clone()), original.eval()(x.clone()))
 
 
-def try_to_inject(original, x):
+def try_to_inject(original, x, options):
     try:
-        return inject(original, r=4, example=x.clone()), ""
+        return inject(original, r=4, example=x.clone(), **options), ""
     except EmptyPlanError as error:
         return None, str(error)
 
 
-def check(network, path):
+OPTIONS = strategies.fixed_dictionaries(
+    {},
+    optional={
+        "placement": strategies.sampled_from(("pre", "post", "identity", "conv3x3")),
+        "concat": strategies.just("separate"),
+        "at": strategies.lists(
+            strategies.sampled_from(("residual", "concat", "fusion", "stage", "conv", "depthwise")),
+            min_size=1,
+            unique=True,
+        ),
+        "squeeze": strategies.just("max"),
+        "gate": strategies.sampled_from(("hard_sigmoid", "tanh")),
+    },
+)
+
+
+def check(network, options, path):
     original, x = nets.enliven(network.build()), network.make_input()
     num_merges = count_merges(original, x.clone(), joins_channels=joins_channels)
-    injected, reasons = try_to_inject(original, x)
+    injected, reasons = try_to_inject(original, x, options)
     if injected is None:
         assert sum(int(num) for num in re.findall(r"(\d+) x ", reasons)) == num_merges, reasons
         return
@@ -147,8 +163,8 @@ def test_it_holds_for_random_networks(part, path):
         deadline=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    @given(network=random_nets.networks())
-    def run(network):
-        check(network, path)
+    @given(network=random_nets.networks(), options=OPTIONS)
+    def run(network, options):
+        check(network, options, path)
 
     run()

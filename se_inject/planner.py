@@ -142,6 +142,7 @@ class _Draft:
         self.sites.append(_make_site(place, kind, name, num, _count_halvings(self.probe, place)))
 
 
+@torch.inference_mode(False)  # its tensors do not tell what is written on them
 def survey_model(model: nn.Module, options: Options, *, example: object = None) -> Survey:
     """Make a plan and keep the traces; the errors are those of `make_plan`."""
     check_options(options)
@@ -236,6 +237,7 @@ def _refuse_other_layouts(plan: Plan) -> Plan:
     )
 
 
+@torch.inference_mode(False)
 def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Module] | None = None) -> Survey:
     """Trace the owners that a plan names, from the calls that it recorded; the network is not run.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import torch
 from torch import fx, nn
 
 from se_inject.attention import make_block
@@ -29,6 +30,7 @@ from se_inject.planner import Survey, is_free, replay_plan, survey_model
 from se_inject.twin import get_device, get_dtype
 
 
+@torch.inference_mode(False)  # in which the copy could not be trained
 def inject(
     model: nn.Module,
     *,

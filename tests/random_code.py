@@ -45,7 +45,7 @@ class Network:
         return vars(self._execute())["Net"]()
 
     def make_input(self, batch=2, size=SIZES[0]):
-        return torch.randn(batch, 4, *[size] * self.dims)
+        return torch.randn(batch, 4, *[size] * self.dims, generator=torch.Generator().manual_seed(0))
 
     def _execute(self):
         name = f"tests.random_net_{hashlib.sha256(self.source.encode()).hexdigest()[:16]}"
@@ -55,10 +55,6 @@ class Network:
             linecache.cache[f"<{name}>"] = (len(self.source), None, self.source.splitlines(keepends=True), name)
             sys.modules[name] = module  # pickle and inspect look there
         return sys.modules[name]
-
-    def forget(self):
-        name = self._execute().__name__
-        del sys.modules[name], linecache.cache[f"<{name}>"]
 
     def __repr__(self):
         return f"Network of {self.dims} dimensions\n{self.source.removeprefix(PRELUDE)}"

@@ -1,7 +1,6 @@
 """What is promised holds for networks that nobody wrote; see `random_nets`."""
 
 import copy
-import io
 import pickle
 import re
 
@@ -93,10 +92,8 @@ def assert_it_is_still_a_module(network, injected, original, x, path):
     for block in blocks(injected).values():
         nn.init.normal_(block.fc2.weight)
     save(injected, path)
-    buffer = io.BytesIO()
-    pickle.dump(injected, buffer)
-    copies = [copy.deepcopy(injected), pickle.loads(buffer.getvalue()), load(path, base=network.build)]
     with torch.no_grad():
+        copies = [copy.deepcopy(injected), pickle.loads(pickle.dumps(injected)), load(path, base=network.build)]
         output = injected.eval()(x.clone())
         for again in copies:
             assert [type(m) for m in again.modules()] == [type(m) for m in injected.modules()]
@@ -135,6 +132,8 @@ def check(network, options, path):
     num_merges = count_merges(original, x.clone(), joins_channels=joins_channels)
     injected, reasons = try_to_inject(original, x, options)
     if injected is None:
+        if "no layer for" in reasons:  # layers alone were asked for, so that no merge is in question
+            return
         assert sum(int(num) for num in re.findall(r"(\d+) x ", reasons)) == num_merges, reasons
         return
     plan = get_plan(injected)

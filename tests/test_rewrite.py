@@ -437,3 +437,12 @@ def test_moving_and_casting_works_afterwards(x):
 
 def test_a_block_is_a_module_to_be_used_on_its_own():
     assert SqueezeExcite(64, 16)(torch.ones(2, 64, 3, 3)).shape == (2, 64, 3, 3)
+
+
+def test_what_was_injected_in_inference_mode_can_be_trained(x):
+    net = nets.TwoBranches()
+    with torch.inference_mode():
+        injected = inject(net)
+    assert len(blocks(injected)) == 2
+    injected(x).sum().backward()
+    assert injected.se.fc2.weight.grad.any()

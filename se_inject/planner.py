@@ -127,6 +127,8 @@ class _Draft:
     passed: list[PassedOver] = field(default_factory=list)
     inspections: dict[Entry, Inspection] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
+    gated: dict[Entry, set[tuple[str, str]]] = field(default_factory=dict)
+    """The edges of each entry's graph that have a block."""
 
     def add(self, place: Place, kind: Kind, num_calls: int) -> None:
         """Make a place a site, or pass over it."""
@@ -134,9 +136,14 @@ class _Draft:
         reason = place.reason
         if not reason and kind not in self.placing.at:
             reason = f"not asked for: at is {', '.join(self.placing.at)}"
+        gated = self.gated.setdefault(entry, set())
+        edges = {(edge.node, consumer) for edge in place.edges for consumer in edge.consumers}
+        if not reason and edges & gated:  # the second block's output would have no reader
+            reason = "what it would gate is gated by the block of another place"
         if reason:
             self.passed.append(PassedOver(entry.path, entry.method, kind, place.code, reason, num))
             return
+        gated |= edges
         owner = self.probe.twin.model.get_submodule(entry.path)
         name = _choose_name(owner, self.names.setdefault(entry.path, set()))
         self.sites.append(_make_site(place, kind, name, num, _count_halvings(self.probe, place)))

@@ -233,3 +233,18 @@ def test_a_method_of_its_own_may_ask_for_the_mode():
     plan = make_plan(Asking())
     assert [site.kind for site in plan.sites] == ["residual"]
     assert not plan.passed_over
+
+
+def test_what_one_block_gates_gets_no_second_one():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = nets.conv(3, 16), nets.conv(3, 16), nets.conv(32, 8)
+
+        def forward(self, x):
+            x = torch.cat([self.left(x), self.right(x)], 1)
+            return self.head(F.max_pool2d(x, 2))
+
+    plan = make_plan(Joined(), placement="post", at=["concat", "stage"], example=torch.zeros(2, 3, 8, 8))
+    assert [site.kind for site in plan.sites] == ["concat"]
+    assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]

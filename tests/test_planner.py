@@ -248,3 +248,14 @@ def test_what_one_block_gates_gets_no_second_one():
     plan = make_plan(Joined(), placement="post", at=["concat", "stage"], example=torch.zeros(2, 3, 8, 8))
     assert [site.kind for site in plan.sites] == ["concat"]
     assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]
+
+
+def test_a_scaled_branch_that_two_sums_read_is_gated_once():
+    class Twice(nets.Residual):
+        def forward(self, x):
+            out = self.branch(x) * 0.5
+            return F.relu(x + out), F.gelu(x) + out
+
+    plan = make_plan(Twice(), example=torch.zeros(2, 16, 8, 8))
+    assert len(plan.sites) == 1
+    assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from se_inject.artifact import load as load
     from se_inject.artifact import save as save
     from se_inject.block import SqueezeExcite as SqueezeExcite
+    from se_inject.ejection import eject as eject
     from se_inject.errors import SEInjectError as SEInjectError
     from se_inject.plan import Plan as Plan
     from se_inject.plan import Site as Site
@@ -25,6 +26,7 @@ _HOMES = {
     "Site": "plan",
     "SqueezeExcite": "block",
     "blocks": "rewrite",
+    "eject": "ejection",
     "inject": "rewrite",
     "load": "artifact",
     "make_plan": "planner",

@@ -20,6 +20,7 @@ from se_inject.block import is_block
 from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.generated import get_base
+from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.plan import SE, Plan
 from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
@@ -108,7 +109,7 @@ def load(
     except (PlanError, ModelError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
     _load_state(model, values["state_dict"], target)
-    vars(model)["_se_inject_source"] = source
+    mark_module(model, SOURCE, source)
     return model.eval()
 
 
@@ -133,7 +134,7 @@ def read_artifact(path: Path) -> dict[str, Any]:
 
 def get_source(model: nn.Module) -> Source | None:
     """Return how a loaded network was built, if its file said so."""
-    source = vars(model).get("_se_inject_source")
+    source = find_mark(model, SOURCE)
     return source if isinstance(source, Source) else None
 
 

@@ -68,7 +68,8 @@ def _get_operands(node: fx.Node) -> list[fx.Node]:
     args = [*node.args, *node.kwargs.values()]
     if _is_concat(node):
         args = list(args[0]) if isinstance(args[0], (list, tuple)) else []
-    return [x for x in args if isinstance(x, fx.Node) and is_map(x.meta["value"])]
+    maps = (x for x in args if isinstance(x, fx.Node) and is_map(x.meta["value"]))
+    return list(dict.fromkeys(maps))  # in `x + x` one operand comes twice
 
 
 def _collect_operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:

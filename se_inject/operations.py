@@ -137,9 +137,12 @@ class Watch(TorchFunctionMode):
         """Execute a torch function and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
         name = getattr(func, "__name__", "")
+        if not isinstance(result, Tensor):
+            for part in result if isinstance(result, (tuple, list)) else ():  # of a chunk or a split
+                if isinstance(part, Tensor):
+                    _note_layout(name, args, kwargs, part)
+            return result
         work = self.work
         work.names.add(name)
         work.convolutions += name in CONVOLUTIONS
@@ -169,7 +172,7 @@ def _recognise_merge(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], r
     if name in CONCATENATIONS and is_map(result):
         tensors = args[0] if args else kwargs["tensors"]
         dim = args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0))
-        if len(tensors) > 1 and dim % result.ndim == get_channel_dim(tensors[0]):
+        if len(tensors) > 1 and dim % result.ndim == get_channel_dim(result):
             return MergeCall("concat", tuple(result.shape))
     return None
 
@@ -225,7 +228,7 @@ def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], resul
         dim = result.ndim - 1
     elif name in CONVOLUTIONS or name in NORMS:
         dim = 1
-    elif source is None:
+    elif source is None or result.ndim == 0:
         return
     elif name in ("permute", "transpose", "movedim", "swapaxes", "swapdims") and source.ndim == result.ndim:
         rest = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, int)]

@@ -13,6 +13,7 @@ from xml.etree import ElementTree as ET
 from torch import nn
 
 from se_inject.diagrams import Box, BoxKind, Diagram, make_diagrams
+from se_inject.ejection import eject
 from se_inject.files import write_whole
 from se_inject.layout import Layout, arrange
 from se_inject.plan import Options

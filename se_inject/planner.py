@@ -127,6 +127,8 @@ class _Draft:
     passed: list[PassedOver] = field(default_factory=list)
     inspections: dict[Entry, Inspection] = field(default_factory=dict)
     names: dict[str, set[str]] = field(default_factory=dict)
+    gated: dict[Entry, set[tuple[str, str]]] = field(default_factory=dict)
+    """The edges of each entry's graph that have a block."""
 
     def add(self, place: Place, kind: Kind, num_calls: int) -> None:
         """Make a place a site, or pass over it."""
@@ -134,14 +136,20 @@ class _Draft:
         reason = place.reason
         if not reason and kind not in self.placing.at:
             reason = f"not asked for: at is {', '.join(self.placing.at)}"
+        gated = self.gated.setdefault(entry, set())
+        edges = {(edge.node, consumer) for edge in place.edges for consumer in edge.consumers}
+        if not reason and edges & gated:  # the second block's output would have no reader
+            reason = "what it would gate is gated by the block of another place"
         if reason:
             self.passed.append(PassedOver(entry.path, entry.method, kind, place.code, reason, num))
             return
+        gated |= edges
         owner = self.probe.twin.model.get_submodule(entry.path)
         name = _choose_name(owner, self.names.setdefault(entry.path, set()))
         self.sites.append(_make_site(place, kind, name, num, _count_halvings(self.probe, place)))
 
 
+@torch.inference_mode(False)  # its tensors do not tell what is written on them
 def survey_model(model: nn.Module, options: Options, *, example: object = None) -> Survey:
     """Make a plan and keep the traces; the errors are those of `make_plan`."""
     check_options(options)
@@ -244,6 +252,7 @@ def _refuse_other_layouts(plan: Plan) -> Plan:
     )
 
 
+@torch.inference_mode(False)
 def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Module] | None = None) -> Survey:
     """Trace the owners that a plan names, from the calls that it recorded; the network is not run.
 

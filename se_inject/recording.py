@@ -97,6 +97,7 @@ class ShallowTracer(fx.Tracer):
         self._call = call
         self._executing = False
         self._modes: tuple[object, ...] | None = None
+        self._flags: dict[str, object] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Treat every child as a leaf."""
@@ -156,6 +157,7 @@ class ShallowTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: Any, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """Make a proxy for each tensor that the method is handed."""
+        self._modes = get_modes()  # those of the trace, whatever the caller's were when the tracer was made
         method = getattr(self.root, self.traced_func_name)
         self.signature = inspect.signature(method)
         bound = self.signature.bind(*self._call.args, **self._call.kwargs)
@@ -163,6 +165,7 @@ class ShallowTracer(fx.Tracer):
         for name, value in bound.arguments.items():
             bound.arguments[name] = self._open_argument(name, value)
         # Where the code hands `self.training` on, as in `dropout(x, p, self.training)`, the graph does the same.
+        self._flags = {"training": self.root.training}
         vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
 
         def run(_: nn.Module) -> Any:
@@ -170,7 +173,6 @@ class ShallowTracer(fx.Tracer):
             check_output(result)
             return result
 
-        self._modes = get_modes()
         return run, [self.root]
 
     def to_bool(self, obj: Any) -> bool:
@@ -233,10 +235,14 @@ class ShallowTracer(fx.Tracer):
         versions = [n.meta["value"]._version for n in inputs]
         lists = [(k, v, list(v)) for k, v in (*enumerate(args), *kwargs.items()) if isinstance(v, list)]
         self._executing = True
+        own = vars(self.root)
+        recorded = {key: own[key] for key in self._flags}
+        own.update(self._flags)  # a method of the root that is executed asks for the flag itself
         try:
             with torch.no_grad(), self._twin.mode, Watch() as watch:
                 value = self._run(node, args, kwargs)
         finally:
+            own.update(recorded)
             self._executing = False
         written = [n for n, v in zip(inputs, versions, strict=True) if n.meta["value"]._version != v]
         changed = {key: len(now) for key, now, was in lists if not _holds(now, was)}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+import torch
 from torch import fx, nn
 
 from se_inject.attention import make_block
@@ -21,15 +22,15 @@ from se_inject.block import Gate, Squeeze, is_block, mark_block
 from se_inject.codegen import Method, write_border, write_method
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.generated import derive_class
+from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
 from se_inject.planner import Survey, is_free, replay_plan, survey_model
 from se_inject.twin import get_device, get_dtype
 
-_PLAN_ATTRIBUTE = "_se_inject_plan"
 
-
+@torch.inference_mode(False)  # in which the copy could not be trained
 def inject(
     model: nn.Module,
     *,
@@ -98,10 +99,10 @@ def inject(
     else:
         survey = replay_plan(model, plan, block=None if isinstance(block, str) else block)
     surgeries = _prepare(model, survey)
-    target = model if inplace else _copy(model)
+    target = model if inplace else copy_model(model)
     for surgery in surgeries:
         surgery.perform(target)
-    setattr(target, _PLAN_ATTRIBUTE, survey.plan)
+    mark_module(target, PLAN, survey.plan)
     return target
 
 
@@ -118,7 +119,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def find_plan(model: nn.Module) -> Plan | None:
     """Return the plan that a model was injected with, or None."""
-    plan = vars(model).get(_PLAN_ATTRIBUTE)
+    plan = find_mark(model, PLAN)
     return plan if isinstance(plan, Plan) else None
 
 
@@ -148,16 +149,17 @@ class _Surgery:
     def perform(self, model: nn.Module) -> None:
         """Change the owner in a model; nothing in here is expected to fail."""
         owner = model.get_submodule(self.path)
+        # timm's networks have `se = None`, and a method that was chosen for the instance would shadow the class's.
+        removed = {name: vars(owner).pop(name) for name in (*self.blocks, *self.methods) if name in vars(owner)}
+        children = tuple(name for name in self.blocks if name in owner._modules)
         for name, block in self.blocks.items():
-            vars(owner).pop(name, None)  # timm's networks have `se = None`
             owner.add_module(name, mark_block(block).train(owner.training))
         if self.graph is not None:
             cast("fx.GraphModule", owner).graph = self.graph
-            return
-        for method in self.methods:
-            vars(owner).pop(method, None)  # a method that was chosen for the instance would shadow the class's
-        assert self.cls is not None
-        owner.__class__ = self.cls
+        else:
+            assert self.cls is not None
+            owner.__class__ = self.cls
+        mark_module(owner, REMOVED, Removed(tuple(self.blocks), removed, children))
 
 
 def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
@@ -230,12 +232,20 @@ def _take_item(graph: fx.Graph, block: fx.Node, i: int, branch: fx.Node) -> fx.N
 
 
 def _forget_values(graph: fx.Graph) -> fx.Graph:
-    for node in graph.nodes:
+    """Copy a graph without its values, and without our tracer, which reading a pickle would call again."""
+    clean = fx.Graph()
+    clean.output(clean.graph_copy(graph, {}))
+    for node in clean.nodes:
         node.meta.clear()
-    return graph
+    return clean
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy a model.
+
+    Raises:
+        ModelError: It cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except (TypeError, RuntimeError) as error:

@@ -51,6 +51,20 @@ def test_a_sum_of_three_is_one_merge_of_two_additions():
     assert (labels(merge), len(merge.operations), merge.channels, merge.reason) == (["a", "b"], 2, 32, "")
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_sum_that_is_added_to_itself_is_one_more_addition(in_place):
+    class Doubled(nets.Residual):
+        def forward(self, x):
+            out = x + self.branch(x)
+            if in_place:
+                out += out
+                return out
+            return out + out
+
+    merge = only(Doubled())
+    assert (merge.kind, labels(merge), len(merge.operations), merge.reason) == ("residual", ["bn2"], 2, "")
+
+
 def test_the_block_goes_before_layer_scale_and_dropout():
     merge = only(nets.Dropped())
     assert labels(merge) == ["bn2"]

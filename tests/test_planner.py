@@ -5,6 +5,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from se_inject import Plan, inject, make_plan
 from se_inject.errors import EmptyPlanError, ModelError, OptionError, PlanError
@@ -209,3 +210,53 @@ def test_a_plan_that_was_tampered_with_is_refused_before_anything_changes(resnet
         inject(resnet18, plan=Plan.from_json(json.dumps(values)), inplace=True)
     assert list(resnet18.state_dict()) == keys
     assert {type(m).__name__ for m in resnet18.modules() if "SE" in type(m).__name__} == set()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_callers_mode_does_not_matter(mode):
+    net = nets.wrap(nets.Residual())
+    expected = make_plan(net)
+    with mode():
+        plan = make_plan(net)
+    assert plan.sites == expected.sites
+    assert plan.passed_over == expected.passed_over
+
+
+def test_a_method_of_its_own_may_ask_for_the_mode():
+    class Asking(nets.Split):
+        def forward_features(self, x):
+            return F.dropout(self.stem(x), 0.1, self.training)
+
+        def forward(self, x):
+            x = self.forward_features(x)
+            return self.forward_head(x + self.conv2(F.relu(self.conv1(x))))
+
+    plan = make_plan(Asking())
+    assert [site.kind for site in plan.sites] == ["residual"]
+    assert not plan.passed_over
+
+
+def test_what_one_block_gates_gets_no_second_one():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right, self.head = nets.conv(3, 16), nets.conv(3, 16), nets.conv(32, 8)
+
+        def forward(self, x):
+            x = torch.cat([self.left(x), self.right(x)], 1)
+            return self.head(F.max_pool2d(x, 2))
+
+    plan = make_plan(Joined(), placement="post", at=["concat", "stage"], example=torch.zeros(2, 3, 8, 8))
+    assert [site.kind for site in plan.sites] == ["concat"]
+    assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]
+
+
+def test_a_scaled_branch_that_two_sums_read_is_gated_once():
+    class Twice(nets.Residual):
+        def forward(self, x):
+            out = self.branch(x) * 0.5
+            return F.relu(x + out), F.gelu(x) + out
+
+    plan = make_plan(Twice(), example=torch.zeros(2, 16, 8, 8))
+    assert len(plan.sites) == 1
+    assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]

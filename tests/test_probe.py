@@ -177,3 +177,43 @@ def test_a_quantised_model_is_refused():
     model.head = torch.ao.nn.quantized.dynamic.Linear(16, 10)
     with pytest.raises(ModelError, match="head is quantised .*inject first, quantise after"):
         probe_model(model)
+
+
+def test_a_number_made_of_a_channels_last_map_is_no_map():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            return x * self.norm(x.permute(0, 2, 3, 1)).mean()
+
+    probe_model(Last(), example=torch.zeros(2, 16, 8, 8))
+
+
+@pytest.mark.parametrize("halve", [lambda x: x.chunk(2, 1)[1], lambda x: torch.split(x, 8, 1)[1], lambda x: x[:, 8:]])
+def test_half_a_map_is_laid_out_as_the_whole(halve):
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nets.conv(16, 16), nn.Linear(8, 8)
+
+        def forward(self, x):
+            last = halve(self.conv(x)).permute(0, 2, 3, 1)
+            return torch.cat([last, self.fc(last)], -1)
+
+    visits = probe_model(Last(), example=torch.zeros(2, 16, 6, 6)).visits
+    assert [merge.kind for merge in visits[Entry("")].merges] == ["concat"]
+
+
+def test_one_operand_of_a_concatenation_tells_where_the_channels_are():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return torch.cat([x, self.fc(x)], -1)
+
+    visits = probe_model(Last(), example=torch.zeros(2, 6, 6, 8)).visits
+    assert [merge.kind for merge in visits[Entry("")].merges] == ["concat"]

@@ -442,3 +442,12 @@ def test_a_block_is_a_module_to_be_used_on_its_own():
 def test_it_does_not_matter_whether_the_caller_has_gradients_on():
     with torch.no_grad():
         assert list(blocks(inject(nets.wrap(nets.Residual())))) == ["1.se"]
+
+
+def test_what_was_injected_in_inference_mode_can_be_trained(x):
+    net = nets.TwoBranches()
+    with torch.inference_mode():
+        injected = inject(net)
+    assert len(blocks(injected)) == 2
+    injected(x).sum().backward()
+    assert injected.se.fc2.weight.grad.any()

@@ -29,12 +29,21 @@ class Box:
     Attributes:
         kind: An input or output, a layer, another operation, a merge that is gated, one that is passed over, a block.
         title: Its name.
-        note: A second line: a layer's class, a block's channels, the reason why a merge is passed over.
+        note: A second line: a layer's class, the code of a merge, the reason why a merge is passed over.
+        channels: The channels that a block has, in one owner or another.
     """
 
     kind: BoxKind
     title: str
     note: str = ""
+    channels: tuple[int, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What stands in it; the code of a merge is shown on hovering alone."""
+        if self.kind == "block":
+            return (self.title, f"{', '.join(map(str, self.channels))} channels")
+        return (self.title, self.note) if self.note and self.kind != "merge" else (self.title,)
 
 
 @dataclass(frozen=True)
@@ -66,13 +75,18 @@ def make_diagrams(survey: Survey) -> list[Diagram]:
         else:
             diagram = _draw_border(inspection, here, type(owner).__name__)
         diagram = replace(diagram, title=type(owner).__name__, paths=(str(entry),))
-        boxes = [
-            (name, box.kind, box.title, box.note if box.kind != "block" else "") for name, box in diagram.boxes.items()
-        ]
+        boxes = [(name, box.kind, box.title, box.note) for name, box in diagram.boxes.items()]
         form = (diagram.title, tuple(boxes), diagram.edges)
-        known = found.get(form)
-        found[form] = replace(known, paths=(*known.paths, str(entry))) if known else diagram
+        found[form] = _unite(found[form], diagram) if form in found else diagram
     return list(found.values())
+
+
+def _unite(one: Diagram, other: Diagram) -> Diagram:
+    boxes = {
+        name: replace(box, channels=tuple(sorted({*box.channels, *other.boxes[name].channels})))
+        for name, box in one.boxes.items()
+    }
+    return replace(one, paths=one.paths + other.paths, boxes=boxes)
 
 
 def _draw_code(survey: Survey, entry: Entry, inspection: Inspection, sites: list[Site]) -> Diagram:
@@ -144,8 +158,7 @@ def _find_sources(node: fx.Node) -> list[str]:
 
 
 def _make_block_box(site: Site) -> Box:
-    channels = f"{site.channels} > {site.hidden} > {site.channels}" if site.hidden else f"{site.channels} channels"
-    return Box("block", site.name, channels)
+    return Box("block", site.name, channels=(site.channels,))
 
 
 def _make_box(node: fx.Node, owner: object, merge: Place | None, *, is_gated: bool) -> Box:

@@ -137,7 +137,7 @@ def _draw_panel(diagram: Diagram) -> tuple[ET.Element, float, float]:
 def _measure(box: Box) -> float:
     if box.kind == "merge":
         return 44.0
-    return max(56.0, _CHARACTER * max(len(box.title), len(_shorten(box.note))) + 18)
+    return max(56.0, _CHARACTER * max(len(_shorten(line)) for line in box.lines) + 18)
 
 
 def _shorten(text: str) -> str:
@@ -153,9 +153,9 @@ def _draw_box(parent: ET.Element, box: Box, x: float, y: float) -> None:
     rect.set("rx", "17" if box.kind in ("merge", "end") else "5")
     if box.kind == "passed":
         rect.set("stroke-dasharray", "4 3")
-    rows = [box.title] if box.kind == "merge" or not box.note else [box.title, _shorten(box.note)]
-    for i, text in enumerate(rows):
-        row = _add(group, "text", text, x=x, y=y + 4 + 13 * (i - (len(rows) - 1) / 2), text_anchor="middle")
+    for i, text in enumerate(box.lines):
+        middle = y + 4 + 13 * (i - (len(box.lines) - 1) / 2)
+        row = _add(group, "text", _shorten(text), x=x, y=middle, text_anchor="middle")
         row.attrib |= {"font-size": "10" if i else "12", "fill": "#ffffff" if box.kind == "block" else "#1c2128"}
         if box.kind in ("merge", "block") and not i:
             row.set("font-weight", "bold")

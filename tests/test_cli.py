@@ -200,6 +200,7 @@ def test_without_a_network_the_line_says_what_to_do(run, tmp_path):
         (["resnet18", "--no-pretrained", "--stages", "two"], "--stages is 'two'; expected numbers"),
         (["resnet18", "--no-pretrained", "--squeeze", "min"], "squeeze is 'min'; it must be one of mean, max"),
         (["resnet18", "--no-pretrained", "--gate", "relu"], "gate is 'relu'; it must be one of sigmoid"),
+        (["plan", "resnet18", "--graph", "out.png"], "out.png has the suffix '.png'; expected .svg"),
         (["resnet18", "--no-pretrained", "--block", "sea"], "block is 'sea'; it must be se, a name of timm's"),
         (["resnet18", "--no-pretrained", "--block", "splat"], "splat cannot be made an exact identity"),
         (["resnet18", "--no-pretrained", "--block", "eca", "--gate", "tanh"], "another block has its own"),
@@ -303,3 +304,22 @@ def test_the_demos_network_recognises_photographs_as_published():
             for path in write_photographs(Path(folder))
         ]
     assert found == [282, 967, 985]
+
+
+def test_the_plan_can_be_drawn(run, tmp_path):
+    code, out, err = run("plan", "vgg11", "--graph", str(tmp_path / "out.svg"))
+    assert code == 0
+    assert f"wrote {tmp_path / 'out.svg'}" in err.replace("\n", "")
+    assert "no merge to gate, so the blocks stand before each downsampling (stage)" in out
+    assert (tmp_path / "out.svg").read_text().startswith("<svg")
+
+
+def test_the_options_of_a_plan_reach_it(run):
+    args = "--placement identity --stages 3,4 --squeeze max --gate tanh --skip-last-stage --json".split()
+    code, out, _ = run("plan", "resnet18", *args)
+    values = json.loads(out)
+    assert code == 0
+    assert (values["placement"], values["squeeze"], values["gate"]) == ("identity", "max", "tanh")
+    assert sorted({site["stage"] for site in values["sites"]}) == [3, 4]
+    code, out, _ = run("plan", "squeezenet1_1", "--concat", "separate", "--at", "concat", "--block", "eca", "--json")
+    assert (json.loads(out)["block"], len(json.loads(out)["sites"])) == ("eca", 16)

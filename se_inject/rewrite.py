@@ -84,7 +84,7 @@ def inject(
     else:
         survey = replay_plan(model, plan)
     surgeries = _prepare(model, survey)
-    target = model if inplace else _copy(model)
+    target = model if inplace else copy_model(model)
     for surgery in surgeries:
         surgery.perform(target)
     setattr(target, _PLAN_ATTRIBUTE, survey.plan)
@@ -224,7 +224,12 @@ def _forget_values(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
+    """Copy a model, with its tensors.
+
+    Raises:
+        ModelError: It cannot be copied.
+    """
     try:
         return copy.deepcopy(model)
     except (TypeError, RuntimeError) as error:

@@ -57,7 +57,7 @@ def map_keys(model: nn.Module, target: nn.Module, name: str) -> dict[str, str]:
     theirs = find_gate_layers(other)
     if not theirs:
         raise ExportError(f"{name} has no squeeze-and-excitation block of two layers; give one of timm's SE networks")
-    keys = _map_skeleton(_drop_gates(own, ours), _drop_gates(other, theirs), type(model).__name__, name)
+    keys = _map_skeleton(drop_gates(own, ours), drop_gates(other, theirs), type(model).__name__, name)
     _check_gates(ours, theirs, type(model).__name__, name)
     for gate, their in zip(ours, _order_alike(ours, theirs), strict=True):
         keys |= dict(zip(gate.keys, their.keys, strict=True))
@@ -82,11 +82,12 @@ def find_gate_layers(state: Mapping[str, Tensor]) -> list[GateLayers]:
     found = []
     for path, layers in modules.items():
         kinds = list(layers.values())
-        if len(layers) == 2 and path and path not in prefixes and kinds[0] == kinds[1] and "weight" in kinds[0]:
-            first, second = (state[f"{path}.{layer}.weight"] for layer in layers)
-            square = first.ndim in (2, 4) and set(first.shape[2:]) <= {1} and first.shape[1] > first.shape[0]
-            if square and kinds[0] <= {"weight", "bias"} and second.flatten(1).shape == first.flatten(1).T.shape:
-                found.append(read_gate_layers(path, state, tuple(layers)))
+        if not path or path in prefixes or len(layers) != 2 or kinds[0] != kinds[1] or "weight" not in kinds[0]:
+            continue
+        first, second = (state[f"{path}.{layer}.weight"] for layer in layers)
+        is_matrix = first.ndim in (2, 4) and set(first.shape[2:]) <= {1} and first.shape[1] > first.shape[0]
+        if is_matrix and second.shape == first.transpose(0, 1).shape and kinds[0] <= {"weight", "bias"}:
+            found.append(read_gate_layers(path, state, tuple(layers)))
     return found
 
 
@@ -117,7 +118,8 @@ def propose_options(gates: Sequence[GateLayers]) -> dict[str, Any]:
     return {"r": ratios, "divisor": 1, "bias": bias}
 
 
-def _drop_gates(state: Mapping[str, Tensor], gates: Sequence[GateLayers]) -> dict[str, Tensor]:
+def drop_gates(state: Mapping[str, Tensor], gates: Sequence[GateLayers]) -> dict[str, Tensor]:
+    """Return a state dict without the tensors of SE modules: the skeleton of the network."""
     gated = {key for gate in gates for key in gate.keys}
     return {key: value for key, value in state.items() if key not in gated}
 

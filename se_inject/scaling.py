@@ -148,9 +148,10 @@ def _scale_child(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
         raise UnreachableError(f"`{node.target}` is a method with a code of its own") from error
     if type(child).forward in _AFFINE_FORWARDS and "forward" not in vars(child):
         return _scale_layer(twin, trace, child, path)
-    names = node.meta["work"].names
+    # Of torch's own layers the names of their operations tell all; others may hold an autograd function.
+    is_known = all(type(layer).__module__.startswith("torch.nn.modules.") for layer in child.modules())
     arguments = [x for x in _list_arguments(node) if isinstance(x, fx.Node)]
-    if names <= _HOMOGENEOUS and len(arguments) == 1:
+    if is_known and node.meta["work"].names <= _HOMOGENEOUS and len(arguments) == 1:
         return find_scale(twin, trace, arguments[0], node)
     return _look_into(twin, trace, node, Entry(path))
 
@@ -181,13 +182,13 @@ def _look_into(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
         raise UnreachableError(f"{entry} gives more than one map")
     scale = find_scale(twin, inner, result, output)
     bound = inner.signature.bind(*node.args, **node.kwargs).arguments
-    outer = Scale(scale.parameters)
+    outer = _check_uses(twin, trace, Scale(scale.parameters))
     for name in sorted(scale.arguments):
         argument = bound.get(name)
         if not isinstance(argument, fx.Node):
             raise UnreachableError(f"{entry} takes its maps from a container")
         outer |= find_scale(twin, trace, argument, node)
-    return outer if scale.arguments else _check_uses(twin, trace, outer)
+    return outer
 
 
 def _scale_parameters(twin: Twin, trace: Trace, arguments: Any) -> Scale:

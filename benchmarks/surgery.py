@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
+
+from benchmarks.setting import describe_setting
 
 _NETWORKS = ("resnet50", "densenet201", "wide_resnet101_2")
 _SCRIPT = """
@@ -67,21 +67,6 @@ def time_help(runs: int) -> float:
     return statistics.median(float(subprocess.check_output(command, text=True)) for _ in range(runs))
 
 
-def describe_setting() -> dict[str, str]:
-    """Describe hardware, versions and commit."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
-    packages = {name: version(name) for name in ("torch", "timm", "torchvision")}
-    return {"cpu": cpu, "threads": "2", "python": platform.python_version(), "commit": commit, **packages}
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -90,7 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     result = {
         "command": "python -m benchmarks.surgery",
-        "setting": describe_setting(),
+        "setting": {"threads": "2", **describe_setting()},
         "runs": options.runs,
         "help_s": time_help(options.runs),
         "inject": {network: measure(network, options.runs) for network in _NETWORKS},

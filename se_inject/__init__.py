@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from se_inject.planner import make_plan as make_plan
     from se_inject.rewrite import blocks as blocks
     from se_inject.rewrite import inject as inject
+    from se_inject.standard import standardize as standardize
 
 _HOMES = {
     "Plan": "plan",
@@ -31,6 +32,7 @@ _HOMES = {
     "load": "artifact",
     "make_plan": "planner",
     "save": "artifact",
+    "standardize": "standard",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
 __version__ = "0.1.0"

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from se_inject.block import is_block
+from se_inject.block import GAIN, SqueezeExcite, is_block
 from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.generated import get_base
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.plan import SE, Plan
-from se_inject.rewrite import find_plan, get_plan, inject
+from se_inject.rewrite import blocks, find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
 
 FORMAT = "se-inject"
@@ -62,6 +62,10 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
         "source": None if source is None else source.to_values(),
         "plan": json.loads(plan.to_json()),
     }
+    # A plan is cut with the gain of an exact identity; only a network in standard form has another.
+    own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)}
+    if gains := {path: block.gain for path, block in own.items() if block.gain != GAIN}:
+        values["gains"] = gains
     state = model.state_dict()
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
@@ -109,6 +113,7 @@ def load(
     except (PlanError, ModelError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
     _load_state(model, values["state_dict"], target)
+    _set_gains(model, values.get("gains", {}), target)
     mark_module(model, SOURCE, source)
     return model.eval()
 
@@ -154,6 +159,15 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
     model.load_state_dict(state)
+
+
+def _set_gains(model: nn.Module, gains: object, path: Path) -> None:
+    found = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)}
+    is_valid = isinstance(gains, dict) and all(isinstance(gain, float) for gain in gains.values())
+    if not is_valid or not set(gains) <= set(found):  # type: ignore[call-overload]
+        raise ArtifactError(f"{path} is of another network: its gains are not those of the {len(found)} blocks")
+    for name, gain in gains.items():  # type: ignore[attr-defined]
+        found[name].gain = gain
 
 
 def _recognise_timm(model: nn.Module) -> Source | None:

@@ -302,6 +302,40 @@ def run_predict(
         console.print_predictions(predictions)
 
 
+@app.command("export")
+def run_export(
+    model: ModelName,
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="timm:NAME", help="timm's SE network, as in timm:seresnet50.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors); NAME.pt.")
+    ] = None,
+    trust_source: TrustSource = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write an injected network as a state dict of timm's own SE network, after comparing the two."""
+    from se_inject.export import export_to_timm
+    from se_inject.files import check_target, write_tensors
+
+    library, _, name = to.partition(":")
+    if library != "timm" or not name:
+        raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50")
+    target = out or Path(f"{name}.pt")
+    check_target(target)
+    network, _ = _open(model, pretrained=False, trust_source=trust_source)
+    export = export_to_timm(network, name)
+    write_tensors(target, export.model.state_dict(), {})
+    if as_json:
+        values = {"out": str(target), "to": to, "options": export.options, "difference": export.difference}
+        console.print_json(values)
+    else:
+        options = "".join(f", {key}={value}" for key, value in export.options.items())
+        console.stdout.out(
+            f"{target}: timm.create_model({export.name!r}{options}, checkpoint_path={str(target)!r}); "
+            f"outputs differ by {export.difference:.1g} of the largest"
+        )
+
+
 @app.command("demo")
 def run_demo(
     *,

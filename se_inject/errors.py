@@ -37,5 +37,13 @@ class ArtifactError(SEInjectError, OSError):
     """A file could not be read or written, or is not what it should be."""
 
 
+class StandardFormError(SEInjectError, ValueError):
+    """The gain of a block cannot be folded into the layer before it."""
+
+
+class ExportError(SEInjectError, ValueError):
+    """A network is not the other one that it should be written as; the message says what differs."""
+
+
 class TraceError(SEInjectError, RuntimeError):
     """A forward could not be followed; the message is the reason that the plan shows."""

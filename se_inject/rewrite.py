@@ -241,7 +241,7 @@ def _forget_values(graph: fx.Graph) -> fx.Graph:
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """Copy a model.
+    """Copy a model, with its tensors.
 
     Raises:
         ModelError: It cannot be copied.

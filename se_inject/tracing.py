@@ -86,6 +86,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
             kept_attributes(owner),
             _opaque_methods(tracer, owner, entry.method),
             _refused_grad_reads(tracer),
+            _refused_functions(),
         ):
             graph = tracer.trace(owner)
     except TraceError:
@@ -146,6 +147,23 @@ def _refused_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
         yield
     finally:
         torch.is_grad_enabled = original
+
+
+@contextmanager
+def _refused_functions() -> Iterator[None]:
+    """Refuse calls of autograd functions: handed a proxy, which is no tensor, torch's own code would crash."""
+    original = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(x), fx.Proxy) for x in (*args, *kwargs.values())):
+            raise TraceError(f"its code calls the autograd function {cls.__name__}")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original
 
 
 def _call_opaque(tracer: ShallowTracer, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -195,3 +195,27 @@ def test_a_list_that_a_child_changed_is_not_read():
         plan = make_plan(nn.Sequential(nets.conv(3, 16), caller))
         reasons = [item.reason for item in plan.passed_over]
         assert reasons == (["it reads a list that a child changed"] if read else [])
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class _CallsFunction(nets.Residual):
+    def forward(self, x):
+        return x + _Double.apply(self.branch(x))
+
+
+def test_code_that_calls_an_autograd_function_is_refused():
+    """A proxy says that it is a tensor; the function took it for one, and the process ended."""
+    before = torch.autograd.Function.apply
+    with pytest.raises(TraceError, match="its code calls the autograd function _Double"):
+        trace(_CallsFunction(), (2, 16, 8, 8))
+    assert torch.autograd.Function.apply == before
+    assert _Double.apply(torch.ones(1)) == 2

@@ -1,0 +1,240 @@
+"""Scaling: find the parameters that, multiplied by a positive number, multiply a map by it.
+
+Takes the traced graph of a method and one of its nodes, gives the names of the parameters of the affine layers (a norm,
+a convolution, a linear layer, a layer scale) from which the map comes through operations that commute with a positive
+factor (ReLU, dropout, pooling), or the reason why there are none. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from se_inject.calls import Call, Entry
+from se_inject.errors import TraceError
+from se_inject.hazards import get_ancestors
+from se_inject.operations import ADDITIONS, CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS
+from se_inject.tracing import Trace, trace_entry
+from se_inject.twin import Twin
+
+_AFFINE_LAYERS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear),
+    *(_BatchNorm, nn.SyncBatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm),
+)
+# A subclass with a forward of its own (weight standardisation, a norm with an activation) is looked into instead.
+_AFFINE_FORWARDS = frozenset(layer.forward for layer in _AFFINE_LAYERS)
+_AFFINE_FUNCTIONS = {  # the places of weight and bias among the arguments
+    **dict.fromkeys((*CONVOLUTIONS, "linear"), (1, 2)),
+    **dict.fromkeys(("batch_norm", "instance_norm"), (3, 4)),
+    **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), (2, 3)),
+}
+_HOMOGENEOUS = frozenset(  # f(2 y) = 2 f(y)
+    "relu relu_ leaky_relu leaky_relu_ prelu rrelu rrelu_ abs abs_ neg identity dropout dropout_ dropout1d dropout2d "
+    "dropout3d feature_dropout max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d interpolate pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute "
+    "transpose movedim flatten unflatten squeeze unsqueeze contiguous clone to type_as float half bfloat16 expand "
+    "expand_as roll flip getitem".split()
+)
+_ADDITIONS = ADDITIONS | {"sub", "sub_", "__sub__", "__isub__", "iadd", "isub"}
+_PRODUCTS = PRODUCTS | {"imul"}
+_QUOTIENTS = frozenset({"div", "div_", "divide", "true_divide", "truediv", "itruediv", "__truediv__", "__itruediv__"})
+# They ask for sizes and types, or make a tensor of their own: a factor in the map is nothing to them.
+_READS = frozenset("size dim ndimension is_floating_point new_empty new_zeros new_ones new_full numel stride".split())
+
+
+class UnreachableError(Exception):
+    """There is no set of parameters that scales the map; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What scales a map: parameters by their full names, or the arguments of the method that have to be scaled."""
+
+    parameters: frozenset[str]
+    arguments: frozenset[str] = frozenset()
+
+    def __or__(self, other: Scale) -> Scale:
+        """Join two scales, of maps that are added or concatenated."""
+        if self.parameters & other.parameters:
+            raise UnreachableError(f"{min(self.parameters & other.parameters)} is used twice for it")
+        return Scale(self.parameters | other.parameters, self.arguments | other.arguments)
+
+
+def find_scale(twin: Twin, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
+    """Find what scales a node's value, given that one operation alone uses it.
+
+    Args:
+        twin: The fake twin that holds the traced module.
+        trace: The graph of a method.
+        node: The node of the map.
+        user: The operation that takes the scaled map; no other may use it.
+
+    Raises:
+        UnreachableError: Nothing does; the message says why.
+
+    Example:
+        >>> find_scale(twin, trace, node, block)  # doctest: +SKIP
+        Scale(parameters=frozenset({'layer1.0.bn3.weight', 'layer1.0.bn3.bias'}), arguments=frozenset())
+    """
+    others = [other for other in node.users if other is not user and not _only_reads(other)]
+    if others:
+        raise UnreachableError(f"`{node.name}` is used by `{others[0].name}` too")
+    if node.op == "placeholder":
+        return Scale(frozenset(), frozenset({str(node.target)}))
+    if node.op == "get_attr":
+        return _scale_parameters(twin, trace, (node,))
+    if node.op == "call_module":
+        return _scale_child(twin, trace, node)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return _scale_operation(twin, trace, node, str(name))
+
+
+def _scale_operation(twin: Twin, trace: Trace, node: fx.Node, name: str) -> Scale:
+    if name in _AFFINE_FUNCTIONS:
+        arguments = [_get_argument(node, *place) for place in zip(_AFFINE_FUNCTIONS[name], ("weight", "bias"))]  # noqa: B905
+        if name in NORMS and arguments[0] is None:
+            raise UnreachableError(f"`{node.name}` is a norm without a scale")
+        return _scale_parameters(twin, trace, [x for x in arguments if x is not None])
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta["value"], Tensor)]
+    if name in _ADDITIONS or name in CONCATENATIONS:
+        scales = [find_scale(twin, trace, operand, node) for operand in operands]
+        if name in _ADDITIONS and len(scales) < 2:
+            raise UnreachableError(f"`{node.name}` adds a number")
+        result = scales[0]
+        for scale in scales[1:]:
+            result |= scale
+        return result
+    if name in _PRODUCTS:
+        return _scale_factor(twin, trace, node, operands)
+    if name in _HOMOGENEOUS or name in _QUOTIENTS:
+        source = _list_arguments(node)[0]
+        if isinstance(source, fx.Node) and isinstance(source.meta["value"], Tensor):
+            return find_scale(twin, trace, source, node)
+    raise UnreachableError(f"`{node.name}` is no affine layer, and a factor does not pass through it")
+
+
+def _scale_factor(twin: Twin, trace: Trace, node: fx.Node, operands: list[fx.Node]) -> Scale:
+    """Scale one factor of a product: a parameter (a layer scale), or else the map."""
+    if sum(isinstance(x, fx.Node) for x in _list_arguments(node)) > len(operands):
+        raise UnreachableError(f"`{node.name}` is a square")
+    reason = UnreachableError(f"`{node.name}` is a product of masks")
+    for operand in sorted(operands, key=_is_computed):
+        if _is_computed(operand) and operand.meta["value"].shape != node.meta["value"].shape:
+            continue  # a mask, as drop path draws it
+        try:
+            return find_scale(twin, trace, operand, node)
+        except UnreachableError as error:
+            reason = error
+    raise reason
+
+
+def _is_computed(node: fx.Node) -> bool:
+    """Tell whether a value depends on the input, and not on parameters alone as a reshaped layer scale does."""
+    return any(n.op != "get_attr" for n in get_ancestors(node) if not n.all_input_nodes)
+
+
+def _scale_child(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
+    path = ".".join(filter(None, (trace.entry.path, str(node.target))))
+    try:
+        child = twin.model.get_submodule(path)
+    except AttributeError as error:
+        raise UnreachableError(f"`{node.target}` is a method with a code of its own") from error
+    if type(child).forward in _AFFINE_FORWARDS and "forward" not in vars(child):
+        return _scale_layer(twin, trace, child, path)
+    # Of torch's own layers the names of their operations tell all; others may hold an autograd function.
+    is_known = all(type(layer).__module__.startswith("torch.nn.modules.") for layer in child.modules())
+    arguments = [x for x in _list_arguments(node) if isinstance(x, fx.Node)]
+    if is_known and node.meta["work"].names <= _HOMOGENEOUS and len(arguments) == 1:
+        return find_scale(twin, trace, arguments[0], node)
+    return _look_into(twin, trace, node, Entry(path))
+
+
+def _scale_layer(twin: Twin, trace: Trace, layer: nn.Module, path: str) -> Scale:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise UnreachableError(f"{path} ({type(layer).__name__}) has no weight that could be scaled")
+    names = [name for name in ("weight", "bias") if layer._parameters.get(name) is not None]
+    if getattr(layer, "bias", None) is not None and "bias" not in names:
+        raise UnreachableError(f"{path} computes its bias from other parameters")
+    return _check_uses(twin, trace, Scale(frozenset(f"{path}.{name}" for name in names)))
+
+
+def _look_into(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
+    """Find what scales the result of a child with a forward of its own."""
+    child = twin.model.get_submodule(entry.path)
+    # A norm counts its batches in train mode, which a graph would not; its map is made the same way in both modes.
+    training = trace.training and not isinstance(child, _NormBase)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+    try:
+        inner = trace_entry(twin, entry, Call(tuple(args), dict(kwargs)), training=training)
+    except TraceError as error:
+        raise UnreachableError(f"the code of {entry} cannot be followed: {error}") from error
+    output = next(iter(reversed(inner.graph.nodes)))
+    result = output.args[0]
+    if not isinstance(result, fx.Node):
+        raise UnreachableError(f"{entry} gives more than one map")
+    scale = find_scale(twin, inner, result, output)
+    bound = inner.signature.bind(*node.args, **node.kwargs).arguments
+    outer = _check_uses(twin, trace, Scale(scale.parameters))
+    for name in sorted(scale.arguments):
+        argument = bound.get(name)
+        if not isinstance(argument, fx.Node):
+            raise UnreachableError(f"{entry} takes its maps from a container")
+        outer |= find_scale(twin, trace, argument, node)
+    return outer
+
+
+def _scale_parameters(twin: Twin, trace: Trace, arguments: Any) -> Scale:
+    """Scale the parameters that an operation is handed."""
+    names = set()
+    for argument in arguments:
+        target = str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else ""
+        path = ".".join(filter(None, (trace.entry.path, target)))
+        if not target or path not in dict(twin.model.named_parameters(remove_duplicate=False)):
+            raise UnreachableError(f"`{argument}` is no parameter that could be scaled")
+        names.add(path)
+    return _check_uses(twin, trace, Scale(frozenset(names)))
+
+
+def _check_uses(twin: Twin, trace: Trace, scale: Scale) -> Scale:
+    """Refuse parameters that the traced code uses in more than one place."""
+    owner = twin.model.get_submodule(trace.entry.path)
+    for name in sorted(scale.parameters):
+        parameter = twin.model.get_parameter(name)
+        uses = [n for n in trace.graph.nodes if any(p is parameter for p in _get_parameters(owner, n))]
+        if len(uses) != 1 or (uses[0].op == "get_attr" and len(uses[0].users) != 1):
+            raise UnreachableError(f"{name} is used more than once")
+    return scale
+
+
+def _get_parameters(owner: nn.Module, node: fx.Node) -> Iterator[nn.Parameter]:
+    if node.op == "call_module":
+        path = str(node.target)
+        try:
+            yield from owner.get_submodule(path).parameters()
+        except AttributeError:  # a method of a child: `features.forward_features`
+            yield from owner.get_submodule(path.rpartition(".")[0]).parameters()
+    elif node.op == "get_attr":
+        value = operator.attrgetter(str(node.target))(owner)
+        if isinstance(value, nn.Parameter):
+            yield value
+
+
+def _only_reads(node: fx.Node) -> bool:
+    is_attribute = node.op == "call_function" and node.target is getattr
+    return is_attribute or (node.op == "call_method" and node.target in _READS)
+
+
+def _list_arguments(node: fx.Node) -> list[Any]:
+    return [*node.args, *node.kwargs.values()]
+
+
+def _get_argument(node: fx.Node, place: int, name: str) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name)

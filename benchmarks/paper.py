@@ -26,6 +26,7 @@ from torchvision.models.resnet import Bottleneck
 
 import se_inject
 from benchmarks.setting import describe_setting
+from se_inject.placements import Placement
 
 _FOLDER = Path(__file__).parent / "results"
 ROUNDINGS: dict[str, Callable[[float], float]] = {"nearest": round, "up": math.ceil}
@@ -87,7 +88,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 @cache
-def count_injected(network: str, *, r: float = 16, only: str = "*") -> tuple[int, int]:
+def count_injected(
+    network: str, *, r: float = 16, stages: tuple[int, ...] = (), placement: Placement = "standard"
+) -> tuple[int, int]:
     """Count the parameters of a network of torchvision with blocks of exactly C/r hidden channels.
 
     Returns:
@@ -95,26 +98,10 @@ def count_injected(network: str, *, r: float = 16, only: str = "*") -> tuple[int
     """
     with torch.device("meta"):  # sizes are all that counts
         model = torchvision.models.get_model(network)
-    injected = se_inject.inject(model, r=r, divisor=1, include=[only], inplace=True)
-    gates = [layer for block in se_inject.blocks(injected).values() for layer in (block.fc1, block.fc2)]
-    biases = sum(layer.bias.numel() for layer in gates if layer.bias is not None)
+    injected = se_inject.inject(model, r=r, divisor=1, stages=stages, placement=placement, inplace=True)
+    blocks = se_inject.blocks(injected).values()
+    biases = sum(p.numel() for block in blocks for name, p in block.named_parameters() if name.endswith("bias"))
     return count_parameters(injected), count_parameters(injected) - biases
-
-
-def count_conv3x3(r: int = 16) -> tuple[int, int]:
-    """Count the parameters of a ResNet-50 with its blocks on the 3x3 convolutions, by the formula of the paper.
-
-    A block on C channels has 2 C^2/r weights (equation 5) and C/r + C biases.
-
-    Returns:
-        The count, and the count without the blocks' biases.
-    """
-    stages = ((64, 3), (128, 4), (256, 6), (512, 3))  # width of the 3x3 convolutions and number of modules
-    weights = sum(num * 2 * c * (c // r) for c, num in stages)
-    biases = sum(num * (c // r + c) for c, num in stages)
-    with torch.device("meta"):
-        plain = count_parameters(torchvision.models.resnet50())
-    return plain + weights + biases, plain + weights
 
 
 def compute_figures() -> list[Figure]:
@@ -126,9 +113,9 @@ def compute_figures() -> list[Figure]:
     for r, published in ((2, 45.7), (4, 35.7), (8, 30.7), (16, 28.1), (32, 26.9)):
         found.append(_compare(f"SE-ResNet-50, r={r}", published, 1, count_injected("resnet50", r=r)))
     for stage, published in ((2, 25.6), (3, 25.7), (4, 26.4)):
-        counts = count_injected("resnet50", only=f"layer{stage - 1}.*")
+        counts = count_injected("resnet50", stages=(stage,))
         found.append(_compare(f"SE in stage {stage} alone", published, 1, counts))
-    found.append(_compare("SE on the 3x3 convolutions", 25.8, 1, count_conv3x3()))
+    found.append(_compare("SE on the 3x3 convolutions", 25.8, 1, count_injected("resnet50", placement="conv3x3")))
     return found
 
 

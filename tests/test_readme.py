@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torchvision
 
-from se_inject import inject
+from se_inject import blocks, inject
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +23,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 16
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 
@@ -82,12 +82,10 @@ def test_the_code_that_is_shown_is_the_code():
 def test_docstring_examples_run():
     import doctest
 
-    import se_inject.block
-    import se_inject.planner
-    import se_inject.rewrite
+    from se_inject import block, ejection, export, planner, rewrite, standard
 
-    for module in (se_inject.block, se_inject.planner, se_inject.rewrite):
-        names = {"torch": __import__("torch")}
+    for module in (block, planner, rewrite, ejection, standard, export):
+        names = {"torch": __import__("torch"), "inject": inject, "blocks": blocks}
         results = doctest.testmod(module, extraglobs=names)
         assert results.attempted > 0
         assert results.failed == 0, module.__name__

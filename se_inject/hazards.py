@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
@@ -23,6 +24,8 @@ def find_overwriting(trace: Trace, source: fx.Node, consumers: Sequence[fx.Node]
     aliases = sharing.difference(*map(get_descendants, consumers))
     for node in nodes[min(order[consumer] for consumer in consumers) :]:
         written = sharing.intersection(node.meta.get("mutates", ()))
+        if written and not _keeps_strides(source):
+            return f"its branch is a part of a larger map, which is written on in place ({get_label(node)})"
         if written & aliases and node not in consumers:
             return f"its branch is overwritten in place afterwards ({get_label(node)})"
         for alias in aliases if written else ():
@@ -73,6 +76,12 @@ def get_label(node: fx.Node) -> str:
 def _get_storage(node: fx.Node) -> int:
     storage: int = node.meta["value"].untyped_storage()._cdata
     return storage
+
+
+def _keeps_strides(node: fx.Node) -> bool:
+    """Tell whether a copy lies in memory as the map does; if not, `contiguous` no longer copies what is made of it."""
+    value: Tensor = node.meta["value"]
+    return torch.empty_like(value).stride() == value.stride()
 
 
 def _shares(node: fx.Node, storage: int) -> bool:

@@ -59,6 +59,11 @@ class Network:
     def __repr__(self):
         return f"Network of {self.dims} dimensions\n{self.source.removeprefix(PRELUDE)}"
 
+    def _repr_pretty_(self, printer, cycle):  # hypothesis has its own way with dataclasses
+        for line in repr(self).splitlines():
+            printer.text(line)
+            printer.break_()
+
 
 @dataclass(frozen=True)
 class Map:

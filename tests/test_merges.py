@@ -249,3 +249,15 @@ def test_a_convolution_of_one_tensor_is_no_merge():
             return torch.cat([x], 1) + 1.0 + x.mean((2, 3), keepdim=True)
 
     assert find(Single()) == []
+
+
+def test_a_sum_written_on_a_part_of_a_larger_map_is_passed_over():
+    class Part(nets.Residual):
+        def forward(self, x):
+            out = self.branch(torch.cat([x, x], 2)).chunk(2, 2)[1]
+            out += x
+            kept = out.contiguous()
+            out.mul_(0.5)
+            return kept
+
+    assert "its branch is a part of a larger map" in find(Part())[0].reason

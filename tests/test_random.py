@@ -1,6 +1,7 @@
 """What is promised holds for networks that nobody wrote; see `random_nets`."""
 
 import copy
+import functools
 import pickle
 import re
 
@@ -72,11 +73,15 @@ def assert_the_same(original, injected, x):
 
 
 def assert_gradients_reach_every_block(injected, x):
-    """In eval mode, where nothing is dropped. A branch that is zero gives none."""
+    """In eval mode, where nothing is dropped. A branch that is zero gives none, nor do activations that are off."""
     alive = {}
 
-    def note(block, args, output):
-        alive[block] = alive.get(block, False) or any(m.any() for m in args)
+    def note_gradient(block, taken, gradient):
+        alive.setdefault(block, []).append(bool((gradient * taken).any()))
+
+    def note(block, args, outputs):
+        for taken, output in zip(args, tensors_of(outputs), strict=True):
+            output.register_hook(functools.partial(note_gradient, block, taken.detach()))
 
     hooks = [block.register_forward_hook(note) for block in blocks(injected).values()]
     injected.zero_grad()
@@ -85,7 +90,7 @@ def assert_gradients_reach_every_block(injected, x):
         hook.remove()
     for path, block in blocks(injected).items():
         assert block.fc2.weight.grad is not None, path
-        assert block.fc2.weight.grad.any() or not alive[block], path
+        assert block.fc2.weight.grad.any() or not any(alive[block]), path
 
 
 def assert_it_is_still_a_module(network, injected, original, x, path):

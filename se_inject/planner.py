@@ -110,7 +110,7 @@ def survey_model(model: nn.Module, options: Options, *, example: object = None) 
         placement=options.placement,
     )
     if not plan.sites:
-        raise EmptyPlanError(_explain_empty(plan))
+        raise EmptyPlanError(_explain_empty(plan), plan.passed_over)
     used = [entry for entry, _ in plan.iterate_entries()]
     recorded = [Entry(""), *used]
     calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in recorded}

@@ -76,7 +76,8 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         raise TraceError(f"its {entry.method} was replaced on the instance, by a {type(own).__name__}")
     method = getattr(owner, entry.method)
     check_mode_reads(owner, method)
-    tracer = ShallowTracer(twin, entry.method, call)
+    with torch.enable_grad():  # the mode that the code is recorded in, whatever the caller's is
+        tracer = ShallowTracer(twin, entry.method, call)
     try:
         with (
             set_training(owner, training),

@@ -50,6 +50,12 @@ def test_what_follows_an_in_place_statement_reads_its_result():
     assert nodes["add_"] in nodes["relu_1"].all_input_nodes
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+def test_the_callers_mode_of_gradients_makes_no_difference(mode):
+    with mode():
+        assert len(make_plan(nn.Sequential(nets.conv(3, 16), nets.Residual())).sites) == 1
+
+
 def test_lists_are_opened_into_one_value_a_tensor():
     twin = make_twin(nets.DenseLayer(24, 8))
     maps = [twin.make_tensor((2, 16, 8, 8), torch.float32), twin.make_tensor((2, 8, 8, 8), torch.float32)]

@@ -1,0 +1,339 @@
+"""Every convolutional network of timm and torchvision, without weights: what is injected, and whether all holds.
+
+    python -m tests.zoo --only 'timm:resnet*' --jobs 2 --out benchmarks/results/zoo.json
+
+Each network is built with random weights, run in eval and in train mode, injected in place, and run again. Merges are
+counted at run time by tests/oracle.py, which knows nothing of the tracer. Rows are written to FILE.jsonl as they come;
+`--resume` keeps the rows that are there. At the end FILE.json and FILE.md hold rows and totals.
+"""
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from se_inject import blocks, inject, load, save
+from se_inject.errors import EmptyPlanError, ExampleError, SEInjectError
+from se_inject.rewrite import get_plan
+from tests.equality import tensors_of
+from tests.oracle import MergeOracle
+from tests.zoo_networks import SEED, CheapInit, build, enliven, list_networks, make_source, propose_inputs
+
+MIN_CONVOLUTIONS = 3
+MAX_SAVED = 150_000_000
+MAX_AT_ONCE = 300_000_000
+TIME_LIMIT = 300
+
+
+@dataclass
+class Row:
+    """What became of a network.
+
+    Attributes:
+        name: With its library.
+        status: injected, nothing to inject, no CNN, turned away (an error that the library expects) or exception.
+        how: What it was run on.
+        parameters: How many it has.
+        convolutions: How many convolutions of maps ran.
+        merges: Merges of maps (4 or 5 dimensions) that ran, by the oracle.
+        sequence_merges: Additions of tokens (3 dimensions) that ran, by the oracle.
+        num_planned: Merges that the plan has an answer for.
+        unaccounted: Modules whose merges are not those that the plan has an answer for: (path, oracle, plan).
+        sites: How many blocks there are.
+        gated: Merges before which a block stands.
+        passed: Merges that were passed over, by reason.
+        untraced: Those of them that are of maps and whose owner could not be traced.
+        equal_eval: Outputs are the same to the bit.
+        equal_train: Outputs, buffers and random state are the same to the bit.
+        gradients: A gradient reaches every block.
+        saved: The file that was written and read gives the same outputs; None if there was no attempt.
+        finite: All outputs are finite numbers.
+        seconds: From building to the last check.
+        error: What went wrong.
+    """
+
+    name: str
+    status: str = "exception"
+    how: str = ""
+    parameters: int = 0
+    convolutions: int = 0
+    merges: int = 0
+    sequence_merges: int = 0
+    num_planned: int = 0
+    unaccounted: list = field(default_factory=list)
+    sites: int = 0
+    gated: int = 0
+    passed: dict = field(default_factory=dict)
+    untraced: dict = field(default_factory=dict)
+    equal_eval: bool | None = None
+    equal_train: bool | None = None
+    gradients: bool | None = None
+    saved: bool | None = None
+    finite: bool | None = None
+    seconds: float = 0.0
+    error: str = ""
+
+    def holds(self):
+        """Tell whether the network meets every mark that one network can meet."""
+        if self.status == "no CNN":
+            return True
+        checks = [self.equal_eval, self.equal_train, self.gradients, self.saved is not False]
+        fine = self.status == "nothing to inject" or (self.status == "injected" and all(checks))
+        return fine and not self.unaccounted
+
+
+@dataclass
+class Before:
+    """What the original network did."""
+
+    inputs: object
+    oracle: MergeOracle
+    training: MergeOracle
+    eval_output: list
+    train_output: list
+    buffers: dict
+    state: torch.Tensor
+
+
+def examine(name, lock=contextlib.nullcontext()):
+    """Put one network through everything; nothing is raised."""
+    row = Row(name)
+    start = time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _examine(row, lock)
+    except SEInjectError as error:
+        row.status, row.error = "turned away", f"{type(error).__name__}: {error}"
+    except Exception:
+        row.status, row.error = "exception", traceback.format_exc()[-2000:]
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def _examine(row, lock):
+    init = CheapInit()
+    model = build(row.name, init)
+    row.parameters = sum(p.numel() for p in model.parameters())
+    layers = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    if layers <= MIN_CONVOLUTIONS:
+        row.status = "no CNN"
+        return
+    with lock if row.parameters > MAX_AT_ONCE else contextlib.nullcontext():
+        init.draw()
+        enliven(model).requires_grad_(False)
+        before = _run_original(row, model)
+        if row.convolutions <= MIN_CONVOLUTIONS:  # the stem and two more
+            row.status = "no CNN"
+            return
+        try:
+            _inject(row, model, before)
+        except EmptyPlanError as error:
+            row.status = "nothing to inject"
+            _account(row, before, [], error.passed_over)
+            return
+        _account(row, before, get_plan(model).sites, get_plan(model).passed_over)
+        _compare(row, model, before)
+
+
+def _run_original(row, model):
+    oracle, training = MergeOracle(), MergeOracle()
+    errors = []
+    for inputs in propose_inputs(row.name, model):
+        try:
+            with torch.no_grad():
+                output = model.eval()(*inputs.args)
+        except Exception as error:  # a network may not run on the small sizes that are tried first
+            errors.append(f"{inputs.how}: {error}")
+            continue
+        break
+    else:
+        raise RuntimeError(f"it runs on none of the inputs: {errors}")
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    with torch.no_grad(), oracle.watch(model):
+        model(*inputs.args)
+    with training.watch(model):
+        train_output = _train(model, inputs)
+    after = {key: value.clone() for key, value in model.named_buffers()}
+    state = torch.get_rng_state()
+    for key, value in model.named_buffers():
+        value.copy_(buffers[key])
+    row.how, row.convolutions = inputs.how, oracle.convolutions
+    row.merges, row.sequence_merges = oracle.count, sum(oracle.sequences.values())
+    row.finite = all(bool(x.isfinite().all()) for x in (*tensors_of(output), *tensors_of(train_output)))
+    return Before(inputs, oracle, training, tensors_of(output), tensors_of(train_output), after, state)
+
+
+def _train(model, inputs):
+    torch.manual_seed(SEED)
+    return model.train()(*inputs.training)
+
+
+def _inject(row, model, before):
+    try:
+        inject(model, inplace=True)
+    except ExampleError:
+        inject(model, inplace=True, example=before.inputs.args)
+        row.how += ", given as example"
+    row.status = "injected"
+
+
+def _account(row, before, sites, passed_over):
+    """Hold the plan against what the oracle counted, module by module."""
+    planned = Counter()
+    reasons, untraced = Counter(), Counter()
+    for item in (*sites, *passed_over):
+        planned[item.owner] += item.num_merges
+    for item in passed_over:
+        reasons[item.reason] += item.num_merges
+        if not item.merge:  # only what was not traced has no code to show
+            untraced[item.reason] += min(item.num_merges, before.oracle.maps[item.owner])
+    row.sites, row.gated = len(sites), sum(site.num_merges for site in sites)
+    row.passed, row.untraced, row.num_planned = dict(reasons), dict(+untraced), sum(planned.values())
+    for path in sorted({*planned, *before.oracle.maps, *before.oracle.sequences, *before.training.maps}):
+        seen = before.oracle if before.oracle.maps[path] + before.oracle.sequences[path] else before.training
+        least = seen.maps[path] + seen.sequences[path]
+        if not least <= planned[path] <= least + seen.unclear[path]:
+            row.unaccounted.append((path, least, planned[path]))
+
+
+def _compare(row, model, before):
+    added = blocks(model)
+    with torch.no_grad():
+        output = model.eval()(*before.inputs.args)
+    row.equal_eval = _are_equal(before.eval_output, tensors_of(output))
+    if row.parameters <= MAX_SAVED:
+        row.saved = _save_and_load(row, model, before)
+    output = _train(model, before.inputs)
+    same_state = torch.equal(torch.get_rng_state(), before.state)
+    buffers = {key: value for key, value in model.named_buffers() if key in before.buffers}
+    same_buffers = _are_equal(list(before.buffers.values()), list(buffers.values()))
+    row.equal_train = _are_equal(before.train_output, tensors_of(output)) and same_state and same_buffers
+    losses = [(x * torch.rand(x.shape)).sum() for x in tensors_of(output) if x.requires_grad]
+    torch.stack(losses).sum().backward()
+    row.gradients = all(b.fc2.weight.grad is not None and bool(b.fc2.weight.grad.any()) for b in added.values())
+    if not row.gradients:
+        dead = [p for p, b in added.items() if b.fc2.weight.grad is None or not b.fc2.weight.grad.any()]
+        row.error = f"no gradient in {', '.join(dead[:5])}"
+
+
+def _save_and_load(row, model, before):
+    with tempfile.TemporaryDirectory() as folder, CheapInit().patch():
+        save(model, Path(folder) / "model.pt", source=make_source(row.name))
+        loaded = load(Path(folder) / "model.pt")
+    with torch.no_grad():
+        return _are_equal(before.eval_output, tensors_of(loaded(*before.inputs.args)))
+
+
+def _are_equal(left, right):
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.isnan(), b.isnan())
+        and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _work(connection, lock):
+    torch.set_num_threads(1)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        while (name := connection.recv()) is not None:
+            connection.send(examine(name, lock))
+
+
+class _Worker:
+    """A process that examines one network after the other, and is replaced when it dies or takes too long."""
+
+    def __init__(self, context, lock):
+        self._context, self._lock = context, lock
+        self.name, self.since = None, 0.0
+        self._start()
+
+    def _start(self):
+        self.connection, theirs = self._context.Pipe()
+        self._process = self._context.Process(target=_work, args=(theirs, self._lock), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def give(self, name):
+        self.name, self.since = name, time.perf_counter()
+        self.connection.send(name)
+
+    def take(self):
+        """Return the row of the network that it is at, or None while it is at work."""
+        seconds = time.perf_counter() - self.since
+        try:
+            if self.connection.poll(0.05):
+                row, self.name = self.connection.recv(), None
+                return row
+            if seconds < TIME_LIMIT:
+                return None
+            error = f"no end after {TIME_LIMIT} s"
+        except (EOFError, OSError):
+            error = "its process died"
+        row = Row(self.name, error=error, seconds=round(seconds, 2))
+        self.stop()
+        self.name = None
+        self._start()
+        return row
+
+    def stop(self):
+        self._process.kill()
+        self._process.join()
+
+
+def run(names, jobs):
+    """Examine networks in `jobs` processes; gives rows as they come."""
+    context = multiprocessing.get_context("spawn")
+    workers = [_Worker(context, context.Lock()) for _ in range(jobs)]
+    waiting = list(reversed(names))
+    try:
+        while waiting or any(worker.name for worker in workers):
+            for worker in workers:
+                if worker.name is None and waiting:
+                    worker.give(waiting.pop())
+                if worker.name is not None and (row := worker.take()) is not None:
+                    yield row
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def main():
+    from tests.zoo_report import write_report
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", help="pattern of names, as in 'timm:resnet*'")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are in FILE.jsonl")
+    options = parser.parse_args()
+    lines = options.out.with_suffix(".jsonl")
+    rows = [Row(**json.loads(line)) for line in lines.read_text().splitlines()] if options.resume else []
+    done = {row.name for row in rows}
+    names = [n for n in list_networks() if fnmatch.fnmatch(n, options.only) and n not in done]
+    start = time.perf_counter()
+    with lines.open("a" if options.resume else "w") as file:
+        for row in run(names, options.jobs):
+            rows.append(row)
+            print(json.dumps(asdict(row)), file=file, flush=True)
+            mark = "" if row.holds() else f"  !! {row.unaccounted[:2]} {row.error.strip().splitlines()[-1:]}"
+            print(f"{len(rows):5} {row.seconds:6.1f} s  {row.status:18} {row.name}{mark}", flush=True)
+    write_report(rows, options.out, only=options.only, jobs=options.jobs, seconds=time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,12 +11,11 @@ from typing import Literal
 
 from torch import Tensor, fx
 
-from se_inject.calls import Call, Entry
+from se_inject.calls import Entry
 from se_inject.classify import FoundMerge, Kind, classify_concat, classify_sum
 from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors, get_label
 from se_inject.operations import CONCATENATIONS, PRODUCTS, get_channel_dim, is_map
-from se_inject.tracing import Trace, trace_entry
-from se_inject.twin import Twin
+from se_inject.tracing import Trace
 
 # What dropout, drop path and layer scale are made of: elementwise, and without anything learned but a scale.
 _SCALINGS = PRODUCTS | frozenset(
@@ -93,18 +92,6 @@ class Inspection:
         for other in others:
             first = [replace(m, reason=m.reason or o.reason) for m, o in zip(first, other, strict=True)]
         return first
-
-
-def inspect_entry(twin: Twin, entry: Entry, call: Call) -> Inspection:
-    """Trace an entry in eval mode, in train mode too if its code asks for the mode, and find the merges.
-
-    Raises:
-        TraceError: The code cannot be followed in one of the modes.
-    """
-    traces = [trace_entry(twin, entry, call, training=False)]
-    if traces[0].reads_mode:
-        traces.append(trace_entry(twin, entry, call, training=True))
-    return Inspection(tuple(traces), tuple(find_merges(trace) for trace in traces))
 
 
 def find_merges(trace: Trace) -> list[Merge]:

@@ -16,9 +16,9 @@ from torch import nn
 
 from se_inject.block import count_hidden
 from se_inject.calls import METHODS, Call, Entry, decode_call, describe_form, encode_call
-from se_inject.codegen import write_method
 from se_inject.errors import EmptyPlanError, OptionError, PlanError, TraceError
-from se_inject.merges import Inspection, Merge, inspect_entry
+from se_inject.inspection import inspect_entry, write_entry
+from se_inject.merges import Inspection, Merge
 from se_inject.plan import DEFAULT_R, Options, PassedOver, Placement, Plan, Site
 from se_inject.probe import Probe, Visit, probe_model
 from se_inject.twin import Twin, check_model, get_dtype, make_twin
@@ -178,20 +178,21 @@ def _inspect(probe: Probe, entry: Entry, visit: Visit) -> tuple[Inspection | Non
         found = inspect_entry(probe.twin, entry, _get_only_call(visit))
         if not all(merge.reason for merge in found.merges):
             # What cannot be written down is found out now, and not when the model is about to be changed.
-            write_method(probe.twin.model.get_submodule(entry.path), found.traces)
+            encode_call(visit.calls[0], torch.float32)
+            blocks = [("se", merge) for merge in found.merges if not merge.reason]
+            write_entry(probe.twin.model.get_submodule(entry.path), found.traces, blocks)
         for merge in found.merges:
             ran["concat" if merge.kind == "concat" else "sum"] -= len(merge.operations) * len(visit.calls)
-        inspection, reason = found, found.difference or reason
+        inspection, reason = found, found.difference or found.traces[0].doubt or reason
     except TraceError as error:
         reason = str(error)
     return inspection, [PassedOver(entry.path, entry.method, kind, "", reason, n) for kind, n in ran.items() if n > 0]
 
 
 def _get_only_call(visit: Visit) -> Call:
-    """Return an entry's call, if its calls are alike and a plan can record them."""
+    """Return an entry's call, if its calls are alike."""
     if len({describe_form(call) for call in visit.calls}) > 1:
         raise TraceError("its owner is called with different arguments at different times")
-    encode_call(visit.calls[0], torch.float32)
     return visit.calls[0]
 
 

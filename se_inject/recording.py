@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import linecache
 import operator
 from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
@@ -20,13 +22,22 @@ from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.calls import Call
-from se_inject.errors import TraceError
-from se_inject.faithful import check_output, get_modes
+from se_inject.faithful import CONSTANT, find_odd_containers, get_modes
 from se_inject.operations import Watch, Work
 from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
-_FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)
+_FACTORIES = (
+    torch.arange,
+    torch.empty,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.tensor,
+    torch.zeros,
+)
 
 
 class _ValueProxy(fx.Proxy):
@@ -39,11 +50,17 @@ class _ValueProxy(fx.Proxy):
         node = vars(self).get("node")  # an attribute has its node made when it is first used
         return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else _ValueProxy
 
-    def __getattr__(self, name: str) -> _ValueAttribute:
+    def __getattr__(self, name: str) -> Any:
         node = vars(self).get("node")
         if name == "_is_param" or (node is not None and not hasattr(node.meta.get("value"), name)):
             raise AttributeError(name)  # isinstance(x, nn.Parameter) asks for _is_param
-        return _ValueAttribute(self, name)
+        value = getattr(_peek(self), name, None)
+        return self.tracer.tell_text(value) if isinstance(value, str) else _ValueAttribute(self, name)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        if not isinstance(self.node.meta["value"], Tensor):
+            raise TypeError(f"{type(self.node.meta['value']).__name__} does not support item assignment in a graph")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
         value = self.node.meta["value"]
@@ -91,6 +108,8 @@ class ShallowTracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.traced_func_name = method
         self.conditions: list[fx.Node] = []
+        self.doubts: list[str] = []
+        self._unknown: list[fx.Node] = []
         self.fixed: dict[str, object] = {}
         self.containers: list[tuple[str, Any, Any]] = []
         self._twin = twin
@@ -107,11 +126,19 @@ class ShallowTracer(fx.Tracer):
         if self._executing:
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
-        for key, num_items in result.node.meta["changed"].items():
-            # What the child put into the list is not known by name; whoever reads it is not followed.
+        for key, items in result.node.meta["changed"].items():
+            # What the child put into the list is not known by name; whoever reads it is in doubt.
             handed = args[key] if isinstance(key, int) else kwargs[key]
-            handed[:] = [_Unknown()] * num_items
+            handed[:] = [self._make_unknown(item, [result, *handed]) for item in items]
         return result
+
+    def _make_unknown(self, value: object, sources: list[Any]) -> Any:
+        def read_changed_item(*_: object) -> object:
+            return value
+
+        proxy = self.create_proxy("call_function", read_changed_item, tuple(sources), {})
+        self._unknown.append(proxy.node)
+        return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter or buffer."""
@@ -124,7 +151,7 @@ class ShallowTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
         """Record an operation and execute it."""
         if get_modes() != self._modes:
-            raise TraceError("its code switches gradients or autocast for a part of itself")
+            self.doubts.append("its code switches gradients or autocast for a part of itself")
         node = super().create_node(kind, target, *rest, **options)
         if kind not in ("placeholder", "output"):
             try:
@@ -138,9 +165,12 @@ class ShallowTracer(fx.Tracer):
         """Turn an argument into a node or a plain value."""
         if _is_proxy(a):
             return a.node
-        if isinstance(a, _Unknown):
-            raise TraceError("it reads a list that a child changed")
-        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        try:
+            return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        except NotImplementedError:  # an object that is handed on as it is
+            name = f"{CONSTANT}_object{len(vars(self.root))}"
+            setattr(self.root, name, a)
+            return self.create_node("get_attr", name, (), {})
 
     def is_recording(self) -> bool:
         """Tell whether the user's code is running, rather than torch's or a child's."""
@@ -167,7 +197,7 @@ class ShallowTracer(fx.Tracer):
 
         def run(_: nn.Module) -> Any:
             result = method(*bound.args, **bound.kwargs)
-            check_output(result)
+            self.doubts += find_odd_containers(result)
             return result
 
         self._modes = get_modes()
@@ -180,7 +210,14 @@ class ShallowTracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Go through a tuple, or through the first dimension of a tensor."""
-        return iter([obj[i] for i in range(len(obj.node.meta["value"]))])
+        value = obj.node.meta["value"]
+        is_text = not isinstance(value, Tensor) and any(isinstance(item, str) for item in value)
+        return iter([self.tell_text(v) if is_text and isinstance(v, str) else obj[i] for i, v in enumerate(value)])
+
+    def tell_text(self, text: str) -> str:
+        """Give a text, such as a device's type or a name that a child returned, as it was in the probe."""
+        self.doubts.append("its code uses a text that depends on its input")
+        return text
 
     def note_condition(self, node: fx.Node) -> None:
         """Note that the code asked for the value of a node."""
@@ -197,23 +234,20 @@ class ShallowTracer(fx.Tracer):
         if _is_open(value):
             return placeholder
         if not all(map(_is_open, leaves)):
-            raise TraceError(f"its argument {name!r} holds tensors or numbers, and other values")
+            self.doubts.append(f"its argument {name!r} holds tensors or numbers, and other values")
         opened = _open_container(placeholder, value)
         self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
         return opened
 
     def write_back(self) -> None:
-        """Record what the code put into a list that it was handed, so that the caller sees it.
-
-        Raises:
-            TraceError: It changed a container in another way.
-        """
+        """Record what the code put into a list that it was handed, so that the caller sees it."""
         output = next(iter(reversed(self.graph.nodes)))
         for name, opened, before in self.containers:
             if _same(opened, before):
                 continue
             if type(opened) is not list or len(opened) < len(before) or not all(map(_is_proxy, opened)):
-                raise TraceError(f"it changes the {type(opened).__name__} {name!r} that it is handed")
+                self.doubts.append(f"it changes the {type(opened).__name__} {name!r} that it is handed")
+                continue
             handed = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
             with self.graph.inserting_before(output):
                 for i, item in enumerate(opened):
@@ -224,8 +258,13 @@ class ShallowTracer(fx.Tracer):
                     else:
                         continue
                     node.meta.update(value=None, work=Work(), mutates=())
+        for node in reversed(self._unknown):
+            if node.users:
+                self.doubts.append("it reads a list that a child changed")
+            else:
+                self.graph.erase_node(node)
         if isinstance(self.root, fx.GraphModule) and self.fixed:
-            raise TraceError("it is a GraphModule with arguments that are no tensors")
+            self.doubts.append("it is a GraphModule with arguments that are no tensors")
 
     def _execute(self, node: fx.Node) -> None:
         args, kwargs = _get_values(node.args), _get_values(node.kwargs)
@@ -239,10 +278,11 @@ class ShallowTracer(fx.Tracer):
         finally:
             self._executing = False
         written = [n for n, v in zip(inputs, versions, strict=True) if n.meta["value"]._version != v]
-        changed = {key: len(now) for key, now, was in lists if not _holds(now, was)}
+        changed = {key: now for key, now, was in lists if not _holds(now, was)}
         node.meta.update(value=value, work=watch.work, mutates=tuple(written), changed=changed)
         if watch.work.merges and node.op != "call_module":
-            node.meta["code"] = _read_user_code()
+            frame = _find_user_frame()
+            node.meta.update(code=_read_user_code(frame), place=_find_place(frame))
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
@@ -254,11 +294,30 @@ class ShallowTracer(fx.Tracer):
         return value(*args, **kwargs) if node.op == "call_module" else value
 
 
-def _read_user_code() -> str:
-    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
+def _peek(proxy: Any) -> Any:
+    """Return the value that a proxy stands for, without recording that an attribute was used."""
+    if isinstance(proxy, Attribute):
+        return getattr(_peek(proxy.root), proxy.attr)
+    node = vars(proxy).get("node")
+    return None if node is None else node.meta.get("value")
+
+
+def _find_user_frame() -> FrameType | None:
     frame = inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
         frame = frame.f_back
+    return frame
+
+
+def _find_place(frame: FrameType | None) -> tuple[CodeType, tuple[int | None, ...]] | None:
+    """Find the code that is being traced, and the lines and columns of its expression (Python 3.11 and later tell)."""
+    if frame is None or not hasattr(frame.f_code, "co_positions"):
+        return None
+    return frame.f_code, next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+
+
+def _read_user_code(frame: FrameType | None) -> str:
+    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
     line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     try:
         statement = ast.parse(line.removeprefix("return ")).body[0]
@@ -281,10 +340,6 @@ def _get_values(argument: Any) -> Any:
             return type(argument)(*items)
         return items if isinstance(argument, list) else tuple(items)
     return argument
-
-
-class _Unknown:
-    """Stands in a list for what a child put there."""
 
 
 def _holds(now: list[Any], was: list[Any]) -> bool:

@@ -22,8 +22,9 @@ from typing import Any, cast
 from torch import fx, nn
 
 from se_inject.block import SqueezeExcite
-from se_inject.codegen import Method, write_class, write_method
+from se_inject.codegen import Method, write_class
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
+from se_inject.inspection import write_entry
 from se_inject.merges import Merge
 from se_inject.plan import DEFAULT_R, Options, Placement, Plan, Site
 from se_inject.planner import Survey, is_free, replay_plan, survey_model
@@ -161,13 +162,15 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
             surgery.blocks[site.name] = _make_block(site, survey.plan, model)
             surgery.notes.append(f"`{site.name}` gates {site.describe_branches()} at `{site.merge}`")
             for trace, merges in zip(inspection.traces, inspection.found, strict=True):
-                _insert_block(trace.graph, site.name, merges[site.index])
+                if not trace.doubt:
+                    _insert_block(trace.graph, site.name, merges[site.index])
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
             surgery.graph = _forget_values(inspection.traces[0].graph)
         else:
             try:
-                surgery.methods[entry.method] = write_method(owner, inspection.traces)
+                placed = [(site.name, inspection.merges[site.index]) for site in sites]
+                surgery.methods[entry.method] = write_entry(owner, inspection.traces, placed)
             except TraceError as error:
                 raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
     for surgery in surgeries.values():

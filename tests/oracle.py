@@ -5,7 +5,7 @@ A merge is an addition of two float maps of equal shape, or a join of two or mor
 a map cannot be told from joins of other things by what is executed, and are counted apart, as `unclear`.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from contextlib import contextmanager
 
 import torch

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from se_inject.calls import Call, Entry
-from se_inject.merges import inspect_entry
+from se_inject.inspection import inspect_entry
 from se_inject.twin import make_twin
 from tests import nets
 

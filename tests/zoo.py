@@ -31,7 +31,7 @@ from tests.equality import tensors_of
 from tests.oracle import MergeOracle
 from tests.zoo_networks import SEED, CheapInit, build, enliven, list_networks, make_source, propose_inputs
 
-MIN_CONVOLUTIONS = 3
+MIN_CONVOLUTIONS = 3  # the stem and two more are not enough
 MAX_SAVED = 150_000_000
 MAX_AT_ONCE = 300_000_000
 TIME_LIMIT = 300
@@ -107,17 +107,17 @@ class Before:
     state: torch.Tensor
 
 
-def examine(name, lock=contextlib.nullcontext()):
-    """Put one network through everything; nothing is raised."""
+def examine(name, lock=None):
+    """Put one network through everything; nothing is raised. Networks that are too large wait for `lock`."""
     row = Row(name)
     start = time.perf_counter()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            _examine(row, lock)
+            _examine(row, lock or contextlib.nullcontext())
     except SEInjectError as error:
         row.status, row.error = "turned away", f"{type(error).__name__}: {error}"
-    except Exception:
+    except Exception:  # noqa: BLE001  the row says what it was
         row.status, row.error = "exception", traceback.format_exc()[-2000:]
     row.seconds = round(time.perf_counter() - start, 2)
     return row
@@ -135,7 +135,7 @@ def _examine(row, lock):
         init.draw()
         enliven(model).requires_grad_(False)
         before = _run_original(row, model)
-        if row.convolutions <= MIN_CONVOLUTIONS:  # the stem and two more
+        if before is None:
             row.status = "no CNN"
             return
         try:
@@ -149,35 +149,41 @@ def _examine(row, lock):
 
 
 def _run_original(row, model):
-    oracle, training = MergeOracle(), MergeOracle()
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
     errors = []
     for inputs in propose_inputs(row.name, model):
+        oracle, training = MergeOracle(), MergeOracle()
         try:
-            with torch.no_grad():
-                output = model.eval()(*inputs.args)
-        except Exception as error:  # a network may not run on the small sizes that are tried first
-            errors.append(f"{inputs.how}: {error}")
+            with training.watch(model):
+                train_output = [x.detach() for x in tensors_of(_train(model, inputs))]
+            state = torch.get_rng_state()
+            after = {key: value.clone() for key, value in model.named_buffers()}
+            _restore(model, buffers)
+            # Last, so that what a network keeps of a run (caches) is what evaluation leaves behind, as for a user.
+            with torch.no_grad(), oracle.watch(model):
+                output = tensors_of(model.eval()(*inputs.args))
+        except Exception as error:  # noqa: BLE001  a network may not run on the small sizes that are tried first
+            errors.append(f"{inputs.how}: {str(error)[:300]}")
+            _restore(model, buffers)
             continue
         break
     else:
         raise RuntimeError(f"it runs on none of the inputs: {errors}")
-    buffers = {key: value.clone() for key, value in model.named_buffers()}
-    with torch.no_grad(), oracle.watch(model):
-        model(*inputs.args)
-    with training.watch(model):
-        train_output = _train(model, inputs)
-    after = {key: value.clone() for key, value in model.named_buffers()}
-    state = torch.get_rng_state()
-    for key, value in model.named_buffers():
-        value.copy_(buffers[key])
+    if oracle.convolutions <= MIN_CONVOLUTIONS:
+        return None
     row.how, row.convolutions = inputs.how, oracle.convolutions
     row.merges, row.sequence_merges = oracle.count, sum(oracle.sequences.values())
-    row.finite = all(bool(x.isfinite().all()) for x in (*tensors_of(output), *tensors_of(train_output)))
-    return Before(inputs, oracle, training, tensors_of(output), tensors_of(train_output), after, state)
+    row.finite = all(bool(x.isfinite().all()) for x in (*output, *train_output))
+    return Before(inputs, oracle, training, output, train_output, after, state)
 
 
-def _train(model, inputs):
-    torch.manual_seed(SEED)
+def _restore(model, buffers):
+    for key, value in model.named_buffers():
+        value.copy_(buffers[key])
+
+
+def _train(model, inputs, seed=SEED):
+    torch.manual_seed(seed)
     return model.train()(*inputs.training)
 
 
@@ -221,18 +227,26 @@ def _compare(row, model, before):
     buffers = {key: value for key, value in model.named_buffers() if key in before.buffers}
     same_buffers = _are_equal(list(before.buffers.values()), list(buffers.values()))
     row.equal_train = _are_equal(before.train_output, tensors_of(output)) and same_state and same_buffers
+    dead = _find_dead(added, output)
+    for seed in range(1, 5):  # stochastic depth drops a branch for all images of a small batch now and then
+        dead = dead and _find_dead(dead, _train(model, before.inputs, seed))
+    row.gradients = not dead
+    row.error = f"no gradient in {', '.join([*dead][:5])}" if dead else ""
+
+
+def _find_dead(added, output):
+    """Find the blocks that no gradient reaches."""
     losses = [(x * torch.rand(x.shape)).sum() for x in tensors_of(output) if x.requires_grad]
-    torch.stack(losses).sum().backward()
-    row.gradients = all(b.fc2.weight.grad is not None and bool(b.fc2.weight.grad.any()) for b in added.values())
-    if not row.gradients:
-        dead = [p for p, b in added.items() if b.fc2.weight.grad is None or not b.fc2.weight.grad.any()]
-        row.error = f"no gradient in {', '.join(dead[:5])}"
+    weights = [block.fc2.weight for block in added.values()]
+    gradients = torch.autograd.grad(torch.stack(losses).sum(), weights, allow_unused=True)
+    return {path: b for (path, b), g in zip(added.items(), gradients, strict=True) if g is None or not g.any()}
 
 
 def _save_and_load(row, model, before):
     with tempfile.TemporaryDirectory() as folder, CheapInit().patch():
         save(model, Path(folder) / "model.pt", source=make_source(row.name))
-        loaded = load(Path(folder) / "model.pt")
+        # Whether a parameter wants a gradient decides which of torch's kernels runs.
+        loaded = load(Path(folder) / "model.pt").requires_grad_(False)
     with torch.no_grad():
         return _are_equal(before.eval_output, tensors_of(loaded(*before.inputs.args)))
 
@@ -249,7 +263,7 @@ def _are_equal(left, right):
 
 def _work(connection, lock):
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         while (name := connection.recv()) is not None:
             connection.send(examine(name, lock))
 

@@ -17,13 +17,14 @@ from se_inject.sources import Source, build_skeleton
 
 SIZES = (64, 96, 128, 192, 224, 256, 384, 512)
 SEED = 0
-# Detection at the usual 800 pixels takes minutes on a CPU.
+# Detection at the usual 800 pixels and with a thousand proposals takes minutes on a CPU.
 SMALL_DETECTION = {"min_size": 96, "max_size": 128}
+FEW_PROPOSALS = {"rpn_post_nms_top_n_train": 20, "rpn_post_nms_top_n_test": 20}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a network is run on, and in train mode where that needs targets too."""
+    """What a network is run on; in train mode images want gradients, so that all activations do, with blocks or not."""
 
     args: tuple
     training: tuple
@@ -42,7 +43,7 @@ def make_source(name):
     library, _, short = name.partition(":")
     options = {}
     if library == "torchvision" and is_detection(name) and not short.startswith("ssd"):
-        options = dict(SMALL_DETECTION)
+        options = SMALL_DETECTION | (FEW_PROPOSALS if "rcnn" in short else {})
     return Source(library, short, options)
 
 
@@ -134,6 +135,9 @@ def propose_inputs(name, model):
     def image(*shape):
         return torch.rand(shape, generator=generator)
 
+    def make(images, how):
+        return Inputs(images, tuple(x.clone().requires_grad_() for x in images), how)
+
     if library == "torchvision":
         module = torchvision.models.get_model_builder(short).__module__
         if is_detection(name):
@@ -141,27 +145,25 @@ def propose_inputs(name, model):
             return
         if ".optical_flow" in module:
             pair = (image(2, 3, 128, 128), image(2, 3, 128, 128))
-            yield Inputs(pair, pair, "2 pairs of 128 x 128")
+            yield make(pair, "2 pairs of 128 x 128")
             return
         if ".video" in module:
             for shape in ((2, 3, 8, 64, 64), (2, 3, 16, 112, 112), (1, 3, 16, 224, 224)):
-                clip = (image(*shape),)
-                yield Inputs(clip, clip, f"{shape[0]} x {shape[2]} frames of {shape[3]} x {shape[4]}")
+                yield make((image(*shape),), f"{shape[0]} x {shape[2]} frames of {shape[3]} x {shape[4]}")
             return
     config = getattr(model, "pretrained_cfg", None) or {}
     channels, own = config.get("input_size", (3, 224, 224))[:2] if config else (3, 224)
     sizes = (own,) if config.get("fixed_input_size") else (*SIZES, own)
     for size in dict.fromkeys(sizes):
-        batch = (image(2, channels, size, size),)
-        yield Inputs(batch, batch, f"2 x {size} x {size}")
+        yield make((image(2, channels, size, size),), f"2 x {size} x {size}")
 
 
 def _make_detection_inputs(images, short):
-    count = len(images)
     target = {"boxes": torch.tensor([[8.0, 8.0, 60.0, 70.0], [20.0, 30.0, 90.0, 80.0]]), "labels": torch.tensor([1, 1])}
     if "mask" in short:
         target["masks"] = torch.ones(2, *images.shape[2:], dtype=torch.uint8)
     if "keypoint" in short:
         target["keypoints"] = torch.tensor([[[30.0, 40.0, 1.0]] * 17] * 2)
-    listed = list(images)
-    return Inputs((listed,), (listed, [dict(target) for _ in range(count)]), "2 x 96 x 96, with targets in train mode")
+    training = [x.clone().requires_grad_() for x in images]
+    targets = [dict(target) for _ in training]
+    return Inputs((list(images),), (training, targets), "2 x 96 x 96, with targets in train mode")

@@ -14,6 +14,15 @@ from tests.zoo_networks import SEED
 STATUSES = ("injected", "nothing to inject", "turned away", "exception", "no CNN")
 ATTENTION = "already carries channel attention"
 
+_INTRODUCTION = """\
+Every network of timm and torchvision that runs three or more convolutions on feature maps after its stem, with random
+weights. `make zoo` makes this file."""
+_LEGEND = """\
+Merges are those of maps (4 or 5 dimensions) and, after the plus, additions of tokens, as tests/oracle.py counted them
+at run time; gated and passed over are the plan's. `how` is what the network was run on; the plan was made at its own
+size. Eval and train: outputs equal to the bit, in train mode with the same seed, buffers and random state too.
+Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
+
 
 def write_report(rows, path, *, only, jobs, seconds):
     """Write rows and totals to `path` (JSON) and beside it (Markdown)."""
@@ -78,8 +87,7 @@ def write_markdown(setting, totals, rows):
         reasons.update(row.passed)
     parts = [
         "# The zoo",
-        "Every network of timm and torchvision that runs three or more convolutions on feature maps after its stem, with "
-        "random weights. `make zoo` makes this file.",
+        _INTRODUCTION,
         _write_table(("setting", ""), setting.items()),
         _write_table(("total", ""), [(key, value) for key, value in totals.items() if not isinstance(value, dict)]),
         "## Merges that were passed over, by reason",
@@ -87,10 +95,7 @@ def write_markdown(setting, totals, rows):
         "## Merges of maps whose owner could not be traced",
         _write_table(("reason", "merges"), totals["not traced, by reason"].items()),
         "## Networks",
-        "Merges are those of maps (4 or 5 dimensions) and, after the plus, additions of tokens, as tests/oracle.py counted them at run "
-        "time; gated and passed over are the plan's. `how` is what the network was run on; the plan was made at its own "
-        "size. Eval and train: outputs equal to the bit, in train mode with the same seed and buffers and random state too. "
-        "Gradient: in every block. Saved: written, read, and equal; `-` is not tried.",
+        _LEGEND,
         _write_table(
             (
                 "network",

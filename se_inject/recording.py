@@ -6,24 +6,21 @@ values are at hand, code that asks for types, lengths and numbers of dimensions 
 
 from __future__ import annotations
 
-import ast
 import inspect
-import itertools
-import linecache
 import operator
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.calls import Call
 from se_inject.faithful import CONSTANT, find_odd_containers, get_modes
+from se_inject.frames import find_place, find_user_frame, read_user_code
 from se_inject.operations import Watch, Work
+from se_inject.proxies import ValueProxy, is_proxy
 from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
@@ -38,65 +35,6 @@ _FACTORIES = (
     torch.tensor,
     torch.zeros,
 )
-
-
-class _ValueProxy(fx.Proxy):
-    """A proxy that knows the value it stands for, so that code which asks for types, lengths or truth goes on."""
-
-    tracer: ShallowTracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        node = vars(self).get("node")  # an attribute has its node made when it is first used
-        return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else _ValueProxy
-
-    def __getattr__(self, name: str) -> Any:
-        node = vars(self).get("node")
-        if name == "_is_param" or (node is not None and not hasattr(node.meta.get("value"), name)):
-            raise AttributeError(name)  # isinstance(x, nn.Parameter) asks for _is_param
-        value = getattr(_peek(self), name, None)
-        return self.tracer.tell_text(value) if isinstance(value, str) else _ValueAttribute(self, name)
-
-    def __setitem__(self, index: object, value: object) -> None:
-        if not isinstance(self.node.meta["value"], Tensor):
-            raise TypeError(f"{type(self.node.meta['value']).__name__} does not support item assignment in a graph")
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __len__(self) -> int:
-        value = self.node.meta["value"]
-        if isinstance(value, Tensor):
-            self.tracer.note_condition(self.node)
-        return len(value)
-
-    def __index__(self) -> int:
-        self.tracer.note_condition(self.node)
-        return int(self.node.meta["value"])
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        self.tracer.note_condition(self.node)
-        return float(self.node.meta["value"])
-
-
-def _define_in_place(operation: str) -> None:
-    function = getattr(operator, operation)
-
-    def record(self: _ValueProxy, other: object) -> Any:
-        if not isinstance(self.node.meta["value"], Tensor):
-            return NotImplemented  # a number: Python goes on with the plain operator
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_ValueProxy, f"__{operation}__", record)
-
-
-# Without these `out += x` would be recorded as `out + x`, and whoever sees the same tensor would miss the sum.
-for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"):
-    _define_in_place(_operation)
-
-
-class _ValueAttribute(Attribute, _ValueProxy):
-    """An attribute of a proxy: a method that is called next, or a value such as a shape."""
 
 
 class ShallowTracer(fx.Tracer):
@@ -146,7 +84,7 @@ class ShallowTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that knows its value."""
-        return _ValueProxy(node, self)
+        return ValueProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
         """Record an operation and execute it."""
@@ -163,7 +101,7 @@ class ShallowTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into a node or a plain value."""
-        if _is_proxy(a):
+        if is_proxy(a):
             return a.node
         try:
             return super().create_arg(a.item() if isinstance(a, np.generic) else a)
@@ -236,7 +174,7 @@ class ShallowTracer(fx.Tracer):
         if not all(map(_is_open, leaves)):
             self.doubts.append(f"its argument {name!r} holds tensors or numbers, and other values")
         opened = _open_container(placeholder, value)
-        self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
+        self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=is_proxy)))
         return opened
 
     def write_back(self) -> None:
@@ -245,7 +183,7 @@ class ShallowTracer(fx.Tracer):
         for name, opened, before in self.containers:
             if _same(opened, before):
                 continue
-            if type(opened) is not list or len(opened) < len(before) or not all(map(_is_proxy, opened)):
+            if type(opened) is not list or len(opened) < len(before) or not all(map(is_proxy, opened)):
                 self.doubts.append(f"it changes the {type(opened).__name__} {name!r} that it is handed")
                 continue
             handed = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
@@ -281,8 +219,8 @@ class ShallowTracer(fx.Tracer):
         changed = {key: now for key, now, was in lists if not _holds(now, was)}
         node.meta.update(value=value, work=watch.work, mutates=tuple(written), changed=changed)
         if watch.work.merges and node.op != "call_module":
-            frame = _find_user_frame()
-            node.meta.update(code=_read_user_code(frame), place=_find_place(frame))
+            frame = find_user_frame()
+            node.meta.update(code=read_user_code(frame), place=find_place(frame))
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
@@ -292,38 +230,6 @@ class ShallowTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = operator.attrgetter(target)(self.root)
         return value(*args, **kwargs) if node.op == "call_module" else value
-
-
-def _peek(proxy: Any) -> Any:
-    """Return the value that a proxy stands for, without recording that an attribute was used."""
-    if isinstance(proxy, Attribute):
-        return getattr(_peek(proxy.root), proxy.attr)
-    node = vars(proxy).get("node")
-    return None if node is None else node.meta.get("value")
-
-
-def _find_user_frame() -> FrameType | None:
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
-        frame = frame.f_back
-    return frame
-
-
-def _find_place(frame: FrameType | None) -> tuple[CodeType, tuple[int | None, ...]] | None:
-    """Find the code that is being traced, and the lines and columns of its expression (Python 3.11 and later tell)."""
-    if frame is None or not hasattr(frame.f_code, "co_positions"):
-        return None
-    return frame.f_code, next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-
-
-def _read_user_code(frame: FrameType | None) -> str:
-    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    try:
-        statement = ast.parse(line.removeprefix("return ")).body[0]
-    except (SyntaxError, IndexError):
-        return ""
-    return ast.unparse(statement.value if isinstance(statement, ast.Assign) and statement.value else statement)
 
 
 def _get_values(argument: Any) -> Any:
@@ -346,10 +252,6 @@ def _holds(now: list[Any], was: list[Any]) -> bool:
     return len(now) == len(was) and all(map(operator.is_, now, was))
 
 
-def _is_proxy(value: object) -> bool:
-    return issubclass(type(value), fx.Proxy)
-
-
 def _is_open(value: object) -> bool:
     """Tell whether an argument may differ from call to call: a tensor, or a number such as a height."""
     return isinstance(value, (Tensor, int, float)) and not isinstance(value, bool)
@@ -368,7 +270,7 @@ def _open_container(proxy: Any, value: Any) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
-    if _is_proxy(left) or _is_proxy(right):
+    if is_proxy(left) or is_proxy(right):
         return left is right
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from se_inject import make_plan
 from se_inject.calls import Call, Entry
 from se_inject.inspection import inspect_entry
 from se_inject.twin import make_twin
@@ -234,3 +235,47 @@ def test_a_convolution_of_one_tensor_is_no_merge():
             return torch.cat([x], 1) + 1.0 + x.mean((2, 3), keepdim=True)
 
     assert find(Single()) == []
+
+
+class Heads(nn.Module):
+    """A detector's heads: predictions of all positions of all levels are joined, (N, H * W * A, K)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.head = nets.conv(3, 16), nets.Residual(), nets.conv(16, 12)
+
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        found = []
+        for level in (x, torch.nn.functional.avg_pool2d(x, 2)):
+            boxes = self.head(level)
+            n, _, h, w = boxes.shape
+            found.append(boxes.view(n, -1, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4))
+        return torch.cat(found, dim=1)
+
+
+def test_positions_are_not_taken_for_channels():
+    plan = make_plan(Heads())
+    assert [site.owner for site in plan.sites] == ["down"]
+    assert plan.passed_over == ()
+
+
+class Heads2d(nn.Module):
+    """Attention of several heads over the positions of a map, as (N, heads, C, L)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nets.conv(3, 16), nets.conv(16, 48), nets.conv(16, 16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(x).view(n, 4, 12, h * w).split(4, dim=2)
+        out = (v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)).reshape(n, 16, h, w)
+        return x + self.proj(torch.cat([out, out], 1)[:, :16])
+
+
+def test_channels_are_followed_through_heads():
+    plan = make_plan(Heads2d())
+    assert [(site.channels, site.channel_dim) for site in plan.sites] == [(16, 1)]
+    assert ["lies on the branch" in item.reason for item in plan.passed_over] == [True]

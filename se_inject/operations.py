@@ -32,6 +32,7 @@ _MAP_NDIMS = (3, 4, 5)
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten"})
 _PRODUCTS_OF_MATRICES = frozenset({"matmul", "__matmul__", "bmm"})
 _PERMUTATIONS = frozenset({"permute", "transpose", "movedim", "swapaxes", "swapdims"})
+_SPLITS = frozenset({"split", "chunk", "tensor_split", "split_with_sizes"})
 _LAYOUT = "se_inject_channel_dim"
 _PARTS = "se_inject_channel_parts"
 UNKNOWN = 0
@@ -112,9 +113,11 @@ class Watch(TorchFunctionMode):
         """Execute a torch function and count it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not isinstance(result, Tensor):
-            return result
         name = getattr(func, "__name__", "")
+        if not isinstance(result, Tensor):
+            if name in _SPLITS:
+                _note_layout_of_parts(args, kwargs, result)
+            return result
         work = self.work
         work.names.add(name)
         work.convolutions += name in CONVOLUTIONS
@@ -190,6 +193,14 @@ def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     else:
         dim = 1
     set_channel_dim(result, dim)
+
+
+def _note_layout_of_parts(args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> None:
+    """Note on the pieces of a map what is known of the whole."""
+    source = args[0] if args else next(iter(kwargs.values()))
+    if find_channel_dim(source) is not None:
+        for piece in results:
+            _set_parts(piece, _get_parts(source))
 
 
 def _get_parts(value: Tensor) -> set[int]:

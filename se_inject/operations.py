@@ -188,7 +188,7 @@ def _note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], resul
     elif source.ndim == result.ndim:
         _set_parts(result, _get_parts(source))
         return
-    elif get_channel_dim(source) == source.ndim - 1 and source.shape[-1] == result.shape[-1]:
+    elif result.ndim and get_channel_dim(source) == source.ndim - 1 and source.shape[-1] == result.shape[-1]:
         dim = result.ndim - 1  # tokens (N, L, C) laid out as (N, H, W, C), and back
     else:
         dim = 1

@@ -104,7 +104,7 @@ def _get_function(owner: nn.Module, trace: Trace) -> FunctionType:
     function = getattr(getattr(owner, trace.entry.method), "__func__", None)
     if not isinstance(function, FunctionType) or function is not trace.method or function.__code__.co_freevars:
         raise TraceError(trace.doubt)
-    if isinstance(owner, fx.GraphModule):
+    if isinstance(owner, fx.GraphModule) or function.__code__.co_varnames[:1] != ("self",):
         raise TraceError(trace.doubt)
     return function
 

@@ -279,3 +279,16 @@ def test_channels_are_followed_through_heads():
     plan = make_plan(Heads2d())
     assert [(site.channels, site.channel_dim) for site in plan.sites] == [(16, 1), (16, 1)]
     assert plan.passed_over == ()
+
+
+def test_a_number_that_is_made_of_tokens_has_no_layout():
+    class Scaled(nets.Residual):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            tokens = self.norm(x.flatten(2).transpose(1, 2))
+            return x + self.branch(x) / tokens.square().sum()
+
+    assert len(make_plan(nn.Sequential(nets.conv(3, 16), Scaled())).sites) == 1

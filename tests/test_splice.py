@@ -26,9 +26,6 @@ class Sized(nets.Residual):
     def prepare(self, x):
         return F.relu(x) if x.shape[2] > 8 else x
 
-    def source(self, x):
-        raise NotImplementedError
-
 
 class Dropped(Sized):
     def __init__(self, channels=16):
@@ -175,7 +172,12 @@ class Mangled(Sized):
         return x + self.__scale(self.branch(x))
 
 
-@pytest.mark.parametrize("kind", [Overwritten, Helped, Summed, Apart, Super, Mangled], ids=lambda k: k.__name__)
+class Other(Sized):
+    def forward(this, x):  # noqa: N805
+        return x + this.branch(this.prepare(x))
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Helped, Summed, Apart, Super, Mangled, Other], ids=lambda k: k.__name__)
 def test_a_merge_without_room_for_a_block_is_passed_over(kind):
     plan = make_plan(nn.Sequential(nets.conv(3, 16), kind(), nets.Residual(48 if kind is Apart else 16)))
     assert [site.owner for site in plan.sites] == ["2"]

@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import fnmatch
 import json
-import multiprocessing
-import os
 import tempfile
 import time
 import traceback
@@ -34,7 +32,6 @@ from tests.zoo_networks import SEED, CheapInit, build, enliven, list_networks, m
 MIN_CONVOLUTIONS = 3  # the stem and two more are not enough
 MAX_SAVED = 150_000_000
 MAX_AT_ONCE = 300_000_000
-TIME_LIMIT = 300
 
 
 @dataclass
@@ -261,72 +258,8 @@ def _are_equal(left, right):
     )
 
 
-def _work(connection, lock):
-    torch.set_num_threads(1)
-    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-        while (name := connection.recv()) is not None:
-            connection.send(examine(name, lock))
-
-
-class _Worker:
-    """A process that examines one network after the other, and is replaced when it dies or takes too long."""
-
-    def __init__(self, context, lock):
-        self._context, self._lock = context, lock
-        self.name, self.since = None, 0.0
-        self._start()
-
-    def _start(self):
-        self.connection, theirs = self._context.Pipe()
-        self._process = self._context.Process(target=_work, args=(theirs, self._lock), daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def give(self, name):
-        self.name, self.since = name, time.perf_counter()
-        self.connection.send(name)
-
-    def take(self):
-        """Return the row of the network that it is at, or None while it is at work."""
-        seconds = time.perf_counter() - self.since
-        try:
-            if self.connection.poll(0.05):
-                row, self.name = self.connection.recv(), None
-                return row
-            if seconds < TIME_LIMIT:
-                return None
-            error = f"no end after {TIME_LIMIT} s"
-        except (EOFError, OSError):
-            error = "its process died"
-        row = Row(self.name, error=error, seconds=round(seconds, 2))
-        self.stop()
-        self.name = None
-        self._start()
-        return row
-
-    def stop(self):
-        self._process.kill()
-        self._process.join()
-
-
-def run(names, jobs):
-    """Examine networks in `jobs` processes; gives rows as they come."""
-    context = multiprocessing.get_context("spawn")
-    workers = [_Worker(context, context.Lock()) for _ in range(jobs)]
-    waiting = list(reversed(names))
-    try:
-        while waiting or any(worker.name for worker in workers):
-            for worker in workers:
-                if worker.name is None and waiting:
-                    worker.give(waiting.pop())
-                if worker.name is not None and (row := worker.take()) is not None:
-                    yield row
-    finally:
-        for worker in workers:
-            worker.stop()
-
-
 def main():
+    from tests.zoo_pool import run
     from tests.zoo_report import write_report
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -340,6 +273,7 @@ def main():
     done = {row.name for row in rows}
     names = [n for n in list_networks() if fnmatch.fnmatch(n, options.only) and n not in done]
     start = time.perf_counter()
+    # A network that kills its process, or takes too long, is a row with an error.
     with lines.open("a" if options.resume else "w") as file:
         for row in run(names, options.jobs):
             rows.append(row)

@@ -148,7 +148,7 @@ def propose_inputs(name, model):
             yield make(pair, "2 pairs of 128 x 128")
             return
         if ".video" in module:
-            for shape in ((2, 3, 8, 64, 64), (2, 3, 16, 112, 112), (1, 3, 16, 224, 224)):
+            for shape in ((2, 3, 8, 64, 64), (2, 3, 16, 112, 112), (2, 3, 16, 224, 224)):
                 yield make((image(*shape),), f"{shape[0]} x {shape[2]} frames of {shape[3]} x {shape[4]}")
             return
     config = getattr(model, "pretrained_cfg", None) or {}

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test unit lint types wheel bench clean
+.PHONY: demo test unit lint types wheel bench zoo clean
 
 demo: $(INSTALLED)
 	$(BIN)/se-inject demo --out model.pt
@@ -28,6 +28,9 @@ wheel: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.surgery --out benchmarks/results/surgery.json
+
+zoo: $(INSTALLED)  ## every network of timm and torchvision
+	$(BIN)/python -m tests.zoo --jobs 2 --out benchmarks/results/zoo.json
 
 clean:
 	rm -rf .venv dist

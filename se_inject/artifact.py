@@ -158,7 +158,8 @@ def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
-    model.load_state_dict(state)
+    own.update((name, state[name]) for name in own)  # with torch's notes on versions, which some networks read
+    model.load_state_dict(own)
 
 
 def _set_gains(model: nn.Module, gains: object, path: Path) -> None:

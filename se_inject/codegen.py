@@ -52,7 +52,7 @@ def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
     if len(bodies) > 1:
         test = ast.parse("self.training", mode="eval").body
         body = [ast.If(test=test, body=bodies[True], orelse=bodies[False])]
-    function = ast.parse(f"def {first.entry.method}(self, {_write_parameters(first.signature)}): pass").body[0]
+    function = ast.parse(f"def {first.entry.method}(self, {write_parameters(first.signature)}): pass").body[0]
     assert isinstance(function, ast.FunctionDef)
     function.body = [*_write_guards(first), *body]
     source = ast.unparse(ast.fix_missing_locations(function))
@@ -81,7 +81,7 @@ def write_border(owner: nn.Module, name: str, gates: Mapping[str, str]) -> Metho
     result = f"super().{name}({', '.join(given)})"
     if "output" in gates:
         result = f"self.{gates['output']}({result})"
-    return Method(f"def {name}(self, {_write_parameters(signature)}):\n    return {result}", {})
+    return Method(f"def {name}(self, {write_parameters(signature)}):\n    return {result}", {})
 
 
 def write_scaled(owner: nn.Module, scale: str) -> Method:
@@ -105,7 +105,12 @@ def write_class(name: str, base: str, docstring: str, methods: Sequence[Method])
     return f'class {name}({base}):\n    """{docstring}"""\n\n' + "\n".join(indented)
 
 
-def _write_parameters(signature: inspect.Signature) -> str:
+def write_parameters(signature: inspect.Signature) -> str:
+    """Write the parameters of a method, without `self` and annotations.
+
+    Raises:
+        TraceError: A default is no plain value.
+    """
     parameters = []
     for parameter in signature.parameters.values():
         default = parameter.default

@@ -14,8 +14,9 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from se_inject.calls import Entry
+from se_inject.inspection import Inspection
 from se_inject.operations import is_map
-from se_inject.places import Inspection, Place
+from se_inject.places import Place
 from se_inject.plan import Site
 from se_inject.planner import Survey
 

@@ -22,7 +22,15 @@ class OptionError(SEInjectError, ValueError):
 
 
 class EmptyPlanError(SEInjectError, ValueError):
-    """The network has no place for a block; the message lists the reasons."""
+    """The network has no place for a block; the message lists the reasons.
+
+    Attributes:
+        passed_over: The merges, each a `PassedOver` with its reason.
+    """
+
+    def __init__(self, message: str, passed_over: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.passed_over = passed_over
 
 
 class PlanError(SEInjectError, ValueError):

@@ -1,8 +1,7 @@
 """Faithfulness: find out whether a traced graph does all that the traced code does, for every input.
 
-Takes an owner, its method and the recorded nodes, raises `TraceError` with the reason where the graph would leave
-something out: a random draw, a change of state, a switch of modes, a condition on the input. Leaves the owner as it
-was.
+Takes an owner, its method and the recorded nodes, gives the reason where the graph would leave something out: a random
+draw, a change of state, a switch of modes, a condition on the input. Leaves the owner as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
-from se_inject.operations import find_channel_dim, get_channel_dim, is_map
+from se_inject.operations import UNKNOWN, find_channel_dim, get_channel_dim, is_map
 
 CONSTANT = "_tensor_constant"
 """What torch.fx calls the tensors that code makes while it runs."""
@@ -85,15 +84,10 @@ def get_modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
 
 
-def check_conditions(conditions: Iterable[fx.Node]) -> None:
-    """Refuse conditions whose outcome can differ for another input; the number of channels is fixed.
-
-    Raises:
-        TraceError: The code asked for a size, type, device or value of its input.
-    """
-    for node in conditions:
-        if _follows_from_input(node):
-            raise TraceError("its code depends on the size or type of its input")
+def find_condition(conditions: Iterable[fx.Node]) -> str:
+    """Find a condition whose outcome can differ for another input; the number of channels is fixed."""
+    asked = any(map(_follows_from_input, conditions))
+    return "its code depends on the size or type of its input" if asked else ""
 
 
 def reads_mode(conditions: Iterable[fx.Node]) -> bool:
@@ -107,12 +101,8 @@ def reads_mode(conditions: Iterable[fx.Node]) -> bool:
     return False
 
 
-def check_mode_reads(owner: nn.Module, method: Callable[..., Any]) -> None:
-    """Refuse code that asks for a mode in a way that a proxy cannot answer: `is True`, or a child's flag.
-
-    Raises:
-        TraceError: It does.
-    """
+def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
+    """Find code that asks for a mode in a way that a proxy cannot answer: `is True`, or a child's flag."""
     seen: set[FunctionType] = set()
     waiting = [inspect.unwrap(getattr(method, "__func__", method))]
     while waiting:
@@ -121,26 +111,23 @@ def check_mode_reads(owner: nn.Module, method: Callable[..., Any]) -> None:
             continue
         seen.add(function)
         if _asks_oddly(function):
-            raise TraceError("its code asks for a mode other than by a plain `self.training`")
+            return "its code asks for a mode other than by a plain `self.training`"
         for name in function.__code__.co_names:
             found = inspect.getattr_static(type(owner), name, None) or function.__globals__.get(name)
             waiting.append(inspect.unwrap(found) if isinstance(found, FunctionType) else found)
+    return ""
 
 
-def check_output(value: object) -> None:
-    """Refuse results that the written code would return as another type.
-
-    Raises:
-        TraceError: The result holds a container other than a list, tuple, dict or named tuple.
-    """
+def find_odd_containers(value: object) -> Iterator[str]:
+    """Name the containers in a result that the written code would return as another type."""
     if type(value) in (list, tuple) or (isinstance(value, tuple) and hasattr(value, "_fields")):
         for item in value:  # type: ignore[attr-defined]
-            check_output(item)
+            yield from find_odd_containers(item)
     elif type(value) is dict:
         for item in value.values():
-            check_output(item)
-    elif type(value) is OrderedDict or isinstance(value, (list, tuple, dict, set, frozenset)):
-        raise TraceError(f"it returns a {type(value).__name__}")
+            yield from find_odd_containers(item)
+    elif isinstance(value, (list, tuple, dict, set, frozenset)):
+        yield f"it returns a {type(value).__name__}"
 
 
 def _asks_oddly(function: FunctionType) -> bool:
@@ -182,7 +169,7 @@ def _is_channels(node: fx.Node) -> bool:
     value = source.meta["value"] if isinstance(source, fx.Node) else None
     if not is_map(value) or not isinstance(dim, int) or (find_channel_dim(value) is None and value.ndim != 4):
         return False
-    return dim % value.ndim == get_channel_dim(value)
+    return dim % value.ndim == get_channel_dim(value) != UNKNOWN
 
 
 def _get_own_tensors(owner: nn.Module) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """Places: where in an entry's code a block can stand.
 
-Takes an entry of the fake twin and its call, gives its places: at each merge as the placement says, and before and
-after each layer that runs in its own code. Each is free to receive a block, or has the reason why not. Changes nothing.
+Takes a trace, gives its places: at each merge as the placement says, before and after each layer that runs in its own
+code, and where it is handed a map. Each is free to receive a block, or has the reason why not. Changes nothing.
 """
 
 from __future__ import annotations
@@ -9,18 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
-from torch import fx, nn
+from torch import fx
 
-from se_inject.calls import Call, Entry
+from se_inject.calls import Entry
 from se_inject.classify import MergeKind, Verdict, classify_concat, classify_sum
-from se_inject.errors import TraceError
 from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors
 from se_inject.merges import Merge, find_merges
-from se_inject.operations import Watch, count_positions, get_channel_dim, is_map, set_channel_dim
+from se_inject.operations import count_positions, get_channel_dim, is_map
 from se_inject.placements import Cut, Cuts, Placement, find_cuts
-from se_inject.tracing import Trace, trace_entry
-from se_inject.twin import Twin, quiet, set_training
+from se_inject.tracing import Trace
 
 LayerKind = Literal["stage", "conv", "depthwise"]
 Kind = Literal["residual", "concat", "fusion", "stage", "conv", "depthwise"]
@@ -89,49 +86,6 @@ class Place:
     num_spatial: int
     channel_dim: Literal[1, -1]
     reason: str = ""
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What an entry's code does: its graph and places, once, or once a mode if the code reads `self.training`."""
-
-    traces: tuple[Trace, ...]
-    """Empty where the code is not looked into."""
-    found: tuple[list[Place], ...]
-    """The places in each trace."""
-
-    @property
-    def difference(self) -> str:
-        """A reason, if the merges of the modes are not alike."""
-        forms = {tuple((p.kind, p.channels) for p in places) for places in self.found}
-        return "its merges differ between train and eval mode" if len(forms) > 1 else ""
-
-    @property
-    def places(self) -> list[Place]:
-        """The places in terms of the first trace; one that is not free in every mode has the reason."""
-        first, *others = self.found
-        if self.difference:
-            return [replace(p, reason=p.reason or self.difference) for p in first]
-        for other in others:
-            first = [replace(p, reason=p.reason or o.reason) for p, o in zip(first, other, strict=True)]
-        return first
-
-    def get_place(self, kind: Side | Border, index: int = 0) -> Place | None:
-        """Return the place on a side of the `index`-th layer that runs in the entry's own code, or at its border."""
-        places = [p for p in self.places if p.kind == kind]
-        return places[index] if index < len(places) else None
-
-
-def inspect_entry(twin: Twin, entry: Entry, call: Call, placing: Placing) -> Inspection:
-    """Find the places in an entry's code, in eval mode, and in train mode too if the code asks for the mode.
-
-    Raises:
-        TraceError: The code cannot be followed in one of the modes.
-    """
-    traces = [trace_entry(twin, entry, call, training=False)]
-    if traces[0].reads_mode:
-        traces.append(trace_entry(twin, entry, call, training=True))
-    return Inspection(tuple(traces), tuple(find_places(trace, placing) for trace in traces))
 
 
 def find_places(trace: Trace, placing: Placing) -> list[Place]:
@@ -222,40 +176,3 @@ def _place_layer(trace: Trace, node: fx.Node) -> list[Place]:
     after = Cuts((Cut(node, tuple(node.users)),)) if node.users and is_map(node.meta["value"]) else None
     after = after or Cuts(reason="its output is no map that is read again")
     return [_make_place(trace, node, before, "before"), _make_place(trace, node, after, "after")]
-
-
-def inspect_border(twin: Twin, entry: Entry, call: Call) -> Inspection:
-    """Make the places at the border of an entry, whose code need not be followed for that.
-
-    Raises:
-        TraceError: It is handed no map, or does not run on its own.
-    """
-    owner = twin.model.get_submodule(entry.path)
-    x = call.args[0] if call.args else None
-    if not is_map(x):
-        raise TraceError("its first argument is no map")
-    with set_training(owner, False), quiet(), twin.mode, torch.no_grad(), Watch() as watch:
-        try:
-            y = getattr(owner, entry.method)(*call.args, **call.kwargs)
-        except Exception as error:
-            raise TraceError(f"its {entry.method} does not run on its own: {error}") from error
-    calls = watch.work.layer_calls
-    if len(calls) == 1 and calls[0].kind == "linear":
-        x = set_channel_dim(x, x.ndim - 1)
-    return Inspection((), ([_place_border(entry, x, "input", owner), _place_border(entry, y, "output", owner)],))
-
-
-def _place_border(entry: Entry, value: object, border: Border, owner: nn.Module) -> Place:
-    name = f"{border} of {type(owner).__name__}"
-    place = Place(entry, border == "output", border, name, (), (), 0, 0, 0, 2, 1, "its output is no map")
-    if not is_map(value):
-        return place
-    dim = get_channel_dim(value)
-    return replace(
-        place,
-        channels=value.shape[dim],
-        positions=count_positions(value),
-        num_spatial=value.ndim - 2,
-        channel_dim=-1 if dim == value.ndim - 1 else 1,
-        reason="" if dim in (1, value.ndim - 1) else "its maps are laid out in different ways",
-    )

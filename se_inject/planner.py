@@ -19,12 +19,12 @@ from torch.utils._pytree import tree_leaves
 from se_inject.attention import Recipe, count_block, find_recipe
 from se_inject.block import Gate, Squeeze
 from se_inject.calls import METHODS, Call, Entry, decode_call, describe_form, encode_call
-from se_inject.codegen import write_border, write_method
 from se_inject.errors import EmptyPlanError, PlanError, TraceError
+from se_inject.inspection import Inspection, inspect_border, inspect_entry, write_entry
 from se_inject.layers import LAYER_SIDES, choose_layers
 from se_inject.operations import count_positions, is_map
 from se_inject.placements import Placement
-from se_inject.places import Inspection, Joining, Kind, LayerKind, Place, Placing, inspect_border, inspect_entry
+from se_inject.places import Joining, Kind, LayerKind, Place, Placing
 from se_inject.plan import DEFAULT_R, SE, Options, PassedOver, Plan, Site
 from se_inject.probe import LayerVisit, Probe, Visit, probe_model
 from se_inject.selection import check_options, filter_sites, read_ratios, set_ratios
@@ -177,7 +177,7 @@ def survey_model(model: nn.Module, options: Options, *, example: object = None) 
     if recipe is not None:
         plan = _refuse_other_layouts(plan)
     if not plan.sites:
-        raise EmptyPlanError(_explain_empty(plan))
+        raise EmptyPlanError(_explain_empty(plan), plan.passed_over)
     plan = replace(plan, sites=tuple(count_block(site, plan, recipe) for site in plan.sites))
     used = [entry for entry, _ in plan.iterate_entries()]
     calls = {entry.key: encode_call(probe.visits[entry].calls[0], get_dtype(model)) for entry in [Entry(""), *used]}
@@ -219,7 +219,7 @@ def _add_layer(draft: _Draft, visit: LayerVisit, kind: LayerKind) -> None:
             draft.inspections[entry] = inspect or inspect_entry(probe.twin, entry, call, draft.placing)
         inspection = draft.inspections[entry]
         place = inspection.get_place(border) if is_border else inspection.get_place(side, visit.index)
-        _check_code(draft, entry, [place] if place else [])
+        _check_code(draft, entry, [place] if place else [], call)
         reason = "" if place else _HIDDEN
     except TraceError as error:
         place, reason = None, str(error)
@@ -314,34 +314,30 @@ def _inspect(draft: _Draft, entry: Entry, visit: Visit) -> tuple[Inspection | No
         found = inspect_entry(draft.probe.twin, entry, _get_only_call(visit), draft.placing)
         draft.inspections[entry] = found
         merges = [place for place in found.places if place.operations]
-        _check_code(draft, entry, merges)
+        _check_code(draft, entry, merges, visit.calls[0])
         for merge in merges:
             ran["concat" if merge.kind == "concat" else "sum"] -= merge.num_merges * len(visit.calls)
-        inspection, reason = found, found.difference or reason
+        inspection, reason = found, found.difference or found.traces[0].doubt or reason
     except TraceError as error:
         reason = str(error)
     return inspection, [PassedOver(entry.path, entry.method, kind, "", reason, n) for kind, n in ran.items() if n > 0]
 
 
-def _check_code(draft: _Draft, entry: Entry, places: list[Place]) -> None:
-    """Find out now, and not when the model is about to be changed, what cannot be written down.
+def _check_code(draft: _Draft, entry: Entry, places: list[Place], call: Call) -> None:
+    """Find out now, and not when the model is about to be changed, what cannot be recorded or written down.
 
     Raises:
-        TraceError: The code cannot be written.
+        TraceError: The call cannot be recorded, or the code cannot be written.
     """
-    owner, traces = draft.probe.twin.model.get_submodule(entry.path), draft.inspections[entry].traces
-    if not all(place.reason for place in places):
-        if traces:
-            write_method(owner, traces)
-        else:
-            write_border(owner, entry.method, {})
+    if blocks := [("se", place) for place in places if not place.reason]:
+        encode_call(call, torch.float32)
+        write_entry(draft.probe.twin.model.get_submodule(entry.path), draft.inspections[entry], blocks)
 
 
 def _get_only_call(visit: Visit) -> Call:
-    """Return an entry's call, if its calls are alike and a plan can record them."""
+    """Return an entry's call, if its calls are alike."""
     if len({describe_form(call) for call in visit.calls}) > 1:
         raise TraceError("its owner is called with different arguments at different times")
-    encode_call(visit.calls[0], torch.float32)
     return visit.calls[0]
 
 

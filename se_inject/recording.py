@@ -6,9 +6,7 @@ values are at hand, code that asks for types, lengths and numbers of dimensions 
 
 from __future__ import annotations
 
-import ast
 import inspect
-import linecache
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,70 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.calls import Call
-from se_inject.errors import TraceError
-from se_inject.faithful import check_output, get_modes
+from se_inject.faithful import CONSTANT, find_odd_containers, get_modes
+from se_inject.frames import find_place, find_user_frame, read_user_code
 from se_inject.operations import Watch, Work
+from se_inject.proxies import ValueProxy, is_proxy
 from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
-_FACTORIES = (torch.arange, torch.empty, torch.full, torch.linspace, torch.ones, torch.rand, torch.randn, torch.zeros)
-
-
-class _ValueProxy(fx.Proxy):
-    """A proxy that knows the value it stands for, so that code which asks for types, lengths or truth goes on."""
-
-    tracer: ShallowTracer
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        node = vars(self).get("node")  # an attribute has its node made when it is first used
-        return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else _ValueProxy
-
-    def __getattr__(self, name: str) -> _ValueAttribute:
-        node = vars(self).get("node")
-        if name == "_is_param" or (node is not None and not hasattr(node.meta.get("value"), name)):
-            raise AttributeError(name)  # isinstance(x, nn.Parameter) asks for _is_param
-        return _ValueAttribute(self, name)
-
-    def __len__(self) -> int:
-        value = self.node.meta["value"]
-        if isinstance(value, Tensor):
-            self.tracer.note_condition(self.node)
-        return len(value)
-
-    def __index__(self) -> int:
-        self.tracer.note_condition(self.node)
-        return int(self.node.meta["value"])
-
-    __int__ = __index__
-
-    def __float__(self) -> float:
-        self.tracer.note_condition(self.node)
-        return float(self.node.meta["value"])
-
-
-def _define_in_place(operation: str) -> None:
-    function = getattr(operator, operation)
-
-    def record(self: _ValueProxy, other: object) -> Any:
-        if not isinstance(self.node.meta["value"], Tensor):
-            return NotImplemented  # a number: Python goes on with the plain operator
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    setattr(_ValueProxy, f"__{operation}__", record)
-
-
-# Without these `out += x` would be recorded as `out + x`, and whoever sees the same tensor would miss the sum.
-for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"):
-    _define_in_place(_operation)
-
-
-class _ValueAttribute(Attribute, _ValueProxy):
-    """An attribute of a proxy: a method that is called next, or a value such as a shape."""
+_FACTORIES = (
+    torch.arange,
+    torch.empty,
+    torch.full,
+    torch.linspace,
+    torch.ones,
+    torch.rand,
+    torch.randn,
+    torch.tensor,
+    torch.zeros,
+)
 
 
 class ShallowTracer(fx.Tracer):
@@ -91,6 +46,8 @@ class ShallowTracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.traced_func_name = method
         self.conditions: list[fx.Node] = []
+        self.doubts: list[str] = []
+        self._unknown: list[fx.Node] = []
         self.fixed: dict[str, object] = {}
         self.containers: list[tuple[str, Any, Any]] = []
         self._twin = twin
@@ -108,11 +65,19 @@ class ShallowTracer(fx.Tracer):
         if self._executing:
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
-        for key, num_items in result.node.meta["changed"].items():
-            # What the child put into the list is not known by name; whoever reads it is not followed.
+        for key, items in result.node.meta["changed"].items():
+            # What the child put into the list is not known by name; whoever reads it is in doubt.
             handed = args[key] if isinstance(key, int) else kwargs[key]
-            handed[:] = [_Unknown()] * num_items
+            handed[:] = [self._make_unknown(item, [result, *handed]) for item in items]
         return result
+
+    def _make_unknown(self, value: object, sources: list[Any]) -> Any:
+        def read_changed_item(*_: object) -> object:
+            return value
+
+        proxy = self.create_proxy("call_function", read_changed_item, tuple(sources), {})
+        self._unknown.append(proxy.node)
+        return proxy
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter or buffer."""
@@ -120,12 +85,12 @@ class ShallowTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that knows its value."""
-        return _ValueProxy(node, self)
+        return ValueProxy(node, self)
 
     def create_node(self, kind: str, target: Any, *rest: Any, **options: Any) -> fx.Node:
         """Record an operation and execute it."""
         if self._modes is not None and get_modes() != self._modes:
-            raise TraceError("its code switches gradients or autocast for a part of itself")
+            self.doubts.append("its code switches gradients or autocast for a part of itself")
         node = super().create_node(kind, target, *rest, **options)
         if kind not in ("placeholder", "output"):
             try:
@@ -137,11 +102,14 @@ class ShallowTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into a node or a plain value."""
-        if _is_proxy(a):
+        if is_proxy(a):
             return a.node
-        if isinstance(a, _Unknown):
-            raise TraceError("it reads a list that a child changed")
-        return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        try:
+            return super().create_arg(a.item() if isinstance(a, np.generic) else a)
+        except NotImplementedError:  # an object that is handed on as it is
+            name = f"{CONSTANT}_object{len(vars(self.root))}"
+            setattr(self.root, name, a)
+            return self.create_node("get_attr", name, (), {})
 
     def is_recording(self) -> bool:
         """Tell whether the user's code is running, rather than torch's or a child's."""
@@ -170,7 +138,7 @@ class ShallowTracer(fx.Tracer):
 
         def run(_: nn.Module) -> Any:
             result = method(*bound.args, **bound.kwargs)
-            check_output(result)
+            self.doubts += find_odd_containers(result)
             return result
 
         return run, [self.root]
@@ -182,7 +150,14 @@ class ShallowTracer(fx.Tracer):
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """Go through a tuple, or through the first dimension of a tensor."""
-        return iter([obj[i] for i in range(len(obj.node.meta["value"]))])
+        value = obj.node.meta["value"]
+        is_text = not isinstance(value, Tensor) and any(isinstance(item, str) for item in value)
+        return iter([self.tell_text(v) if is_text and isinstance(v, str) else obj[i] for i, v in enumerate(value)])
+
+    def tell_text(self, text: str) -> str:
+        """Give a text, such as a device's type or a name that a child returned, as it was in the probe."""
+        self.doubts.append("its code uses a text that depends on its input")
+        return text
 
     def note_condition(self, node: fx.Node) -> None:
         """Note that the code asked for the value of a node."""
@@ -199,23 +174,20 @@ class ShallowTracer(fx.Tracer):
         if _is_open(value):
             return placeholder
         if not all(map(_is_open, leaves)):
-            raise TraceError(f"its argument {name!r} holds tensors or numbers, and other values")
+            self.doubts.append(f"its argument {name!r} holds tensors or numbers, and other values")
         opened = _open_container(placeholder, value)
-        self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=_is_proxy)))
+        self.containers.append((name, opened, tree_map(lambda x: x, opened, is_leaf=is_proxy)))
         return opened
 
     def write_back(self) -> None:
-        """Record what the code put into a list that it was handed, so that the caller sees it.
-
-        Raises:
-            TraceError: It changed a container in another way.
-        """
+        """Record what the code put into a list that it was handed, so that the caller sees it."""
         output = next(iter(reversed(self.graph.nodes)))
         for name, opened, before in self.containers:
             if _same(opened, before):
                 continue
-            if type(opened) is not list or len(opened) < len(before) or not all(map(_is_proxy, opened)):
-                raise TraceError(f"it changes the {type(opened).__name__} {name!r} that it is handed")
+            if type(opened) is not list or len(opened) < len(before) or not all(map(is_proxy, opened)):
+                self.doubts.append(f"it changes the {type(opened).__name__} {name!r} that it is handed")
+                continue
             handed = next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == name)
             with self.graph.inserting_before(output):
                 for i, item in enumerate(opened):
@@ -226,8 +198,13 @@ class ShallowTracer(fx.Tracer):
                     else:
                         continue
                     node.meta.update(value=None, work=Work(), mutates=())
+        for node in reversed(self._unknown):
+            if node.users:
+                self.doubts.append("it reads a list that a child changed")
+            else:
+                self.graph.erase_node(node)
         if isinstance(self.root, fx.GraphModule) and self.fixed:
-            raise TraceError("it is a GraphModule with arguments that are no tensors")
+            self.doubts.append("it is a GraphModule with arguments that are no tensors")
 
     def _execute(self, node: fx.Node) -> None:
         args, kwargs = _get_values(node.args), _get_values(node.kwargs)
@@ -245,10 +222,11 @@ class ShallowTracer(fx.Tracer):
             own.update(recorded)
             self._executing = False
         written = [n for n, v in zip(inputs, versions, strict=True) if n.meta["value"]._version != v]
-        changed = {key: len(now) for key, now, was in lists if not _holds(now, was)}
+        changed = {key: now for key, now, was in lists if not _holds(now, was)}
         node.meta.update(value=value, work=watch.work, mutates=tuple(written), changed=changed)
         if watch.work.merges and node.op != "call_module":
-            node.meta["code"] = _read_user_code()
+            frame = find_user_frame()
+            node.meta.update(code=read_user_code(frame), place=find_place(frame))
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
@@ -258,19 +236,6 @@ class ShallowTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = operator.attrgetter(target)(self.root)
         return value(*args, **kwargs) if node.op == "call_module" else value
-
-
-def _read_user_code() -> str:
-    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
-        frame = frame.f_back
-    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-    try:
-        statement = ast.parse(line.removeprefix("return ")).body[0]
-    except (SyntaxError, IndexError):
-        return ""
-    return ast.unparse(statement.value if isinstance(statement, ast.Assign) and statement.value else statement)
 
 
 def _get_values(argument: Any) -> Any:
@@ -289,16 +254,8 @@ def _get_values(argument: Any) -> Any:
     return argument
 
 
-class _Unknown:
-    """Stands in a list for what a child put there."""
-
-
 def _holds(now: list[Any], was: list[Any]) -> bool:
     return len(now) == len(was) and all(map(operator.is_, now, was))
-
-
-def _is_proxy(value: object) -> bool:
-    return issubclass(type(value), fx.Proxy)
 
 
 def _is_open(value: object) -> bool:
@@ -319,7 +276,7 @@ def _open_container(proxy: Any, value: Any) -> Any:
 
 
 def _same(left: Any, right: Any) -> bool:
-    if _is_proxy(left) or _is_proxy(right):
+    if is_proxy(left) or is_proxy(right):
         return left is right
     if isinstance(left, dict):
         return left.keys() == right.keys() and all(_same(left[k], right[k]) for k in left)

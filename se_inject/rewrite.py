@@ -19,9 +19,10 @@ from torch import fx, nn
 
 from se_inject.attention import make_block
 from se_inject.block import Gate, Squeeze, is_block, mark_block
-from se_inject.codegen import Method, write_border, write_method
+from se_inject.codegen import Method
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.generated import derive_class
+from se_inject.inspection import write_entry
 from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
@@ -173,17 +174,15 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
             gated = f"{site.describe_branches()} at `{site.merge}`" if site.branches else f"the {site.merge}"
             surgery.notes.append(f"`{site.name}` gates {gated}")
             for trace, places in zip(inspection.traces, inspection.found, strict=False):
-                _insert_block(trace.graph, site.name, places[site.index])
+                if not trace.doubt:
+                    _insert_block(trace.graph, site.name, places[site.index])
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
             surgery.graph = _forget_values(inspection.traces[0].graph)
             continue
         try:
-            if inspection.traces:
-                surgery.methods[entry.method] = write_method(owner, inspection.traces)
-            else:
-                gates = {str(inspection.places[site.index].kind): site.name for site in sites}
-                surgery.methods[entry.method] = write_border(owner, entry.method, gates)
+            placed = [(site.name, inspection.places[site.index]) for site in sites]
+            surgery.methods[entry.method] = write_entry(owner, inspection, placed)
         except TraceError as error:
             raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
     prefix = "SE" if survey.recipe is None else "Gated"

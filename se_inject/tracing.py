@@ -22,8 +22,8 @@ from se_inject.errors import TraceError
 from se_inject.faithful import (
     CONSTANT,
     SHAPE_READS,
-    check_conditions,
-    check_mode_reads,
+    find_condition,
+    find_mode_read,
     kept_attributes,
     kept_random_state,
     reads_mode,
@@ -46,6 +46,8 @@ class Trace:
         opened: Arguments that are lists, tuples or dicts of tensors: the length, or the keys.
         method: The method itself, as the class defines it.
         reads_mode: Whether the code branches on `self.training`, so that the other mode has a graph of its own.
+        doubt: Why the graph does less than the code (for another input, say), so that it shows what ran but must not
+            take the code's place; empty if it may.
     """
 
     entry: Entry
@@ -56,6 +58,7 @@ class Trace:
     opened: dict[str, int | list[object]]
     method: Callable[..., Any]
     reads_mode: bool
+    doubt: str = ""
 
 
 def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trace:
@@ -68,15 +71,16 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         training: The mode to trace in.
 
     Raises:
-        TraceError: torch.fx cannot follow the code, or what it would record holds for this input alone.
+        TraceError: torch.fx cannot follow the code.
     """
     owner = twin.model.get_submodule(entry.path)
     own = vars(owner).get(entry.method)
     if own is not None and getattr(own, "__self__", None) is not owner:
         raise TraceError(f"its {entry.method} was replaced on the instance, by a {type(own).__name__}")
     method = getattr(owner, entry.method)
-    check_mode_reads(owner, method)
-    tracer = ShallowTracer(twin, entry.method, call)
+    with torch.enable_grad():  # the mode that the code is recorded in, whatever the caller's is
+        tracer = ShallowTracer(twin, entry.method, call)
+    graph = None
     try:
         with (
             set_training(owner, training),
@@ -85,19 +89,19 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
             kept_random_state(refuse_draws=True),
             kept_attributes(owner),
             _opaque_methods(tracer, owner, entry.method),
-            _refused_grad_reads(tracer),
+            _noted_grad_reads(tracer),
             _refused_functions(),
         ):
             graph = tracer.trace(owner)
-    except TraceError:
-        raise
     except Exception as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise TraceError(f"torch.fx cannot follow its {entry.method}: {line}") from error
+        if graph is None and isinstance(error, TraceError):
+            raise
+        if graph is None:
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise TraceError(f"torch.fx cannot follow its {entry.method}: {line}") from error
+        tracer.doubts.append(str(error))
     tracer.write_back()
-    check_conditions(tracer.conditions)
-    if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
-        raise TraceError("it makes a constant tensor while it runs")
+    _collect_doubts(tracer, graph, owner, method)
     _name_written_values(graph)
     _drop_unused(graph)
     return Trace(
@@ -109,7 +113,15 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         opened={name: list(was) if isinstance(was, dict) else len(was) for name, _, was in tracer.containers},
         method=inspect.unwrap(getattr(method, "__func__", method)),
         reads_mode=reads_mode(tracer.conditions),
+        doubt=next(iter(tracer.doubts), ""),
     )
+
+
+def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, method: Callable[..., Any]) -> None:
+    """Note all that the graph would leave out."""
+    tracer.doubts += filter(None, (find_mode_read(owner, method), find_condition(tracer.conditions)))
+    if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
+        tracer.doubts.append("it makes a constant tensor while it runs")
 
 
 @contextmanager
@@ -133,13 +145,13 @@ def _opaque_methods(tracer: ShallowTracer, owner: nn.Module, entered: str) -> It
 
 
 @contextmanager
-def _refused_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
-    """Refuse code that asks whether gradients are on; the graph would hold the answer of the trace."""
+def _noted_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
+    """Note that code asks whether gradients are on; the graph holds the answer of the trace."""
     original = torch.is_grad_enabled
 
     def ask() -> bool:
         if tracer.is_recording():
-            raise TraceError("its code asks whether gradients are on")
+            tracer.doubts.append("its code asks whether gradients are on")
         return original()
 
     torch.is_grad_enabled = ask

@@ -258,3 +258,17 @@ def test_the_plan_of_a_loaded_network_is_the_plan(tmp_path):
     from se_inject.rewrite import get_plan
 
     assert get_plan(load(tmp_path / "model.pt")) == plan
+
+
+def test_versions_of_layers_are_kept(tmp_path):
+    """torchvision's MNASNet asks its state dict for the version that it was written with."""
+
+    class Versioned(nets.TwoBranches):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+            assert local_metadata.get("version") == 2
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    save(inject(Versioned()), tmp_path / "model.pt")
+    assert load(tmp_path / "model.pt", base=Versioned)

@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
+from se_inject import make_plan
 from se_inject.calls import Call, Entry
-from se_inject.places import Placing, inspect_entry
+from se_inject.inspection import inspect_entry
+from se_inject.places import Placing
 from se_inject.twin import make_twin
 from tests import nets
 
@@ -261,3 +263,60 @@ def test_a_sum_written_on_a_part_of_a_larger_map_is_passed_over():
             return kept
 
     assert "its branch is a part of a larger map" in find(Part())[0].reason
+
+
+class Heads(nn.Module):
+    """A detector's heads: predictions of all positions of all levels are joined, (N, H * W * A, K)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.down, self.head = nets.conv(3, 16), nets.Residual(), nets.conv(16, 12)
+
+    def forward(self, x):
+        x = self.down(self.stem(x))
+        found = []
+        for level in (x, torch.nn.functional.avg_pool2d(x, 2)):
+            boxes = self.head(level)
+            n, _, h, w = boxes.shape
+            found.append(boxes.view(n, -1, 4, h, w).permute(0, 3, 4, 1, 2).reshape(n, -1, 4))
+        return torch.cat(found, dim=1)
+
+
+def test_positions_are_not_taken_for_channels():
+    plan = make_plan(Heads())
+    assert [site.owner for site in plan.sites] == ["down"]
+    assert plan.passed_over == ()
+
+
+class Heads2d(nn.Module):
+    """Attention of several heads over the positions of a map, as (N, heads, C, L)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.qkv, self.proj = nets.conv(3, 16), nets.conv(16, 48), nets.conv(16, 16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        q, k, v = self.qkv(x).view(n, 4, 12, h * w).split(4, dim=2)
+        out = (v @ (q.transpose(-2, -1) @ k).softmax(-1).transpose(-2, -1)).reshape(n, 16, h, w)
+        return x + self.proj(torch.cat([out, out], 1)[:, :16])
+
+
+def test_channels_are_followed_through_heads():
+    plan = make_plan(Heads2d())
+    assert [(site.channels, site.channel_dim) for site in plan.sites] == [(16, 1), (16, 1)]
+    assert plan.passed_over == ()
+
+
+def test_a_number_that_is_made_of_tokens_has_no_layout():
+    class Scaled(nets.Residual):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x):
+            tokens = self.norm(x.flatten(2).transpose(1, 2))
+            return x + self.branch(x) / tokens.square().sum()
+
+    assert len(make_plan(nn.Sequential(nets.conv(3, 16), Scaled())).sites) == 1

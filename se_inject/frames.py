@@ -1,0 +1,37 @@
+"""Frames: which expression of the user's code is being traced, and where it stands.
+
+Looks at Python's own frames from within a recorded operation. Changes nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import linecache
+from types import CodeType, FrameType
+
+
+def find_user_frame() -> FrameType | None:
+    """Return the innermost frame that is neither torch's nor ours."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
+        frame = frame.f_back
+    return frame
+
+
+def find_place(frame: FrameType | None) -> tuple[CodeType, tuple[int | None, ...]] | None:
+    """Find the code that is being traced, and the lines and columns of its expression (Python 3.11 and later tell)."""
+    if frame is None or not hasattr(frame.f_code, "co_positions"):
+        return None
+    return frame.f_code, next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
+
+
+def read_user_code(frame: FrameType | None) -> str:
+    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
+    line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    try:
+        statement = ast.parse(line.removeprefix("return ")).body[0]
+    except (SyntaxError, IndexError):
+        return ""
+    return ast.unparse(statement.value if isinstance(statement, ast.Assign) and statement.value else statement)

@@ -1,0 +1,89 @@
+"""Proxies: stand-ins for the values of code that is being recorded, which know these values.
+
+Takes nodes whose `meta` holds a value, gives objects that the user's code works with as if they were tensors, shapes or
+numbers. What only a value can answer is noted with the tracer.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+
+if TYPE_CHECKING:
+    from se_inject.recording import ShallowTracer
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows the value it stands for, so that code which asks for types, lengths or truth goes on."""
+
+    tracer: ShallowTracer
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        node = vars(self).get("node")  # an attribute has its node made when it is first used
+        return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else ValueProxy
+
+    def __getattr__(self, name: str) -> Any:
+        node = vars(self).get("node")
+        if name == "_is_param" or (node is not None and not hasattr(node.meta.get("value"), name)):
+            raise AttributeError(name)  # isinstance(x, nn.Parameter) asks for _is_param
+        value = getattr(_peek(self), name, None)
+        return self.tracer.tell_text(value) if isinstance(value, str) else ValueAttribute(self, name)
+
+    def __setitem__(self, index: object, value: object) -> None:
+        if not isinstance(self.node.meta["value"], Tensor):
+            raise TypeError(f"{type(self.node.meta['value']).__name__} does not support item assignment in a graph")
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __len__(self) -> int:
+        value = self.node.meta["value"]
+        if isinstance(value, Tensor):
+            self.tracer.note_condition(self.node)
+        return len(value)
+
+    def __index__(self) -> int:
+        self.tracer.note_condition(self.node)
+        return int(self.node.meta["value"])
+
+    __int__ = __index__
+
+    def __float__(self) -> float:
+        self.tracer.note_condition(self.node)
+        return float(self.node.meta["value"])
+
+
+def _define_in_place(operation: str) -> None:
+    function = getattr(operator, operation)
+
+    def record(self: ValueProxy, other: object) -> Any:
+        if not isinstance(self.node.meta["value"], Tensor):
+            return NotImplemented  # a number: Python goes on with the plain operator
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    setattr(ValueProxy, f"__{operation}__", record)
+
+
+# Without these `out += x` would be recorded as `out + x`, and whoever sees the same tensor would miss the sum.
+for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"):
+    _define_in_place(_operation)
+
+
+class ValueAttribute(Attribute, ValueProxy):
+    """An attribute of a proxy: a method that is called next, or a value such as a shape."""
+
+
+def is_proxy(value: object) -> bool:
+    """Tell whether an object is a proxy, whatever it says of its class."""
+    return issubclass(type(value), fx.Proxy)
+
+
+def _peek(proxy: Any) -> Any:
+    """Return the value that a proxy stands for, without recording that an attribute was used."""
+    if isinstance(proxy, Attribute):
+        return getattr(_peek(proxy.root), proxy.attr)
+    node = vars(proxy).get("node")
+    return None if node is None else node.meta.get("value")

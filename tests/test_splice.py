@@ -1,0 +1,210 @@
+"""Blocks that are written into the source of a method, where a graph would do less than the code."""
+
+import copy
+import inspect
+import pickle
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from se_inject import blocks, inject, load, make_plan, save
+from se_inject.rewrite import get_plan
+from tests import nets
+from tests.equality import assert_same_network
+from tests.oracle import count_merges
+
+pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python tells where an expression stands from 3.11")
+X = (2, 3, 16, 16)
+
+
+class Sized(nets.Residual):
+    """Has a condition on the size, so that a graph holds for one size alone."""
+
+    def prepare(self, x):
+        return F.relu(x) if x.shape[2] > 8 else x
+
+
+class Dropped(Sized):
+    def __init__(self, channels=16):
+        super().__init__(channels)
+        self.drop_path = nn.Dropout2d(0.5)
+
+    def forward(self, x):
+        x = self.prepare(x)
+        return x + self.drop_path(self.branch(x))
+
+
+class Added(Sized):
+    def forward(self, x):
+        out = x * 1
+        out += self.branch(self.prepare(x))
+        return out
+
+
+class Method(Sized):
+    def forward(self, x):
+        return self.prepare(x).add(self.branch(x))
+
+
+class Torch(Sized):
+    def forward(self, x):
+        return torch.add(self.branch(x), self.prepare(x))
+
+
+class Looped(Sized):
+    def forward(self, x):
+        for _ in range(3):
+            x = self.prepare(x)
+            x = self.branch(x) + x
+        return x
+
+
+class Joined(Sized):
+    def forward(self, x):
+        x = self.prepare(x)
+        return torch.cat([x, self.conv1(x), self.conv2(x)], dim=1)
+
+
+class Listed(Sized):
+    def forward(self, x):
+        maps = [self.prepare(x)]
+        for layer in (self.conv1, self.conv2):
+            maps.append(layer(maps[-1]))
+        return torch.cat(maps, 1)
+
+
+class All(Sized):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Everything is computed here."""
+        x = self.prepare(x)
+        return torch.cat((self.conv1(x), self.conv2(x)), dim=1)
+
+
+class AllListed(Sized):
+    def forward(self, x):
+        x = self.prepare(x)
+        maps = [layer(x) for layer in (self.conv1, self.conv2)]
+        return torch.cat(maps, dim=1)
+
+
+WRITTEN = {
+    Dropped: "x + self.drop_path(self.se(self.branch(x)))",
+    Added: "out += self.se(self.branch(self.prepare(x)))",
+    Method: "self.prepare(x).add(self.se(self.branch(x)))",
+    Torch: "torch.add(self.se(self.branch(x)), self.prepare(x))",
+    Looped: "x = self.se(self.branch(x)) + x",
+    Joined: "torch.cat([x, *self.se(self.conv1(x), self.conv2(x))], dim=1)",
+    Listed: "torch.cat([*maps[:1], *self.se(*maps[1:3])], 1)",
+    All: "torch.cat(self.se(self.conv1(x), self.conv2(x)), dim=1)",
+    AllListed: "torch.cat(self.se(*maps), dim=1)",
+}
+
+
+@pytest.mark.parametrize("kind", WRITTEN, ids=lambda k: k.__name__)
+def test_a_block_is_written_into_the_source(kind, tmp_path):
+    net = nn.Sequential(nets.conv(3, 16), kind())
+    injected = inject(net)
+    assert WRITTEN[kind] in inspect.getsource(type(injected[1]))
+    assert list(blocks(injected)) == ["1.se"]
+    x = torch.randn(X)
+    plan = get_plan(injected)
+    assert sum(item.num_merges for item in (*plan.sites, *plan.passed_over)) == count_merges(net, x)
+    for size in (16, 8, 5):
+        assert_same_network(net, injected, torch.randn(2, 3, size, size + 1))
+    nn.init.normal_(injected[1].se.fc2.weight)
+    out = injected.eval()(x)
+    assert not torch.equal(out, net.eval()(x))
+    save(injected, tmp_path / "model.pt")
+    for again in (copy.deepcopy(injected), pickle.loads(pickle.dumps(injected)), load(tmp_path / "model.pt", base=net)):
+        assert torch.equal(again(x), out)
+
+
+def test_spliced_code_compiles_in_one_graph():
+    net = inject(nn.Sequential(nets.conv(3, 16), Looped())).eval()
+    x = torch.randn(X)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
+
+
+class Overwritten(Sized):
+    """The branch is on the left, and the sum is written over it."""
+
+    def forward(self, x):
+        out = self.branch(self.prepare(x))
+        out += x
+        return out
+
+
+class Helped(Sized):
+    def forward(self, x):
+        return self.join(self.prepare(x))
+
+    def join(self, x):
+        return x + self.branch(x)
+
+
+class Summed(Sized):
+    def forward(self, x):
+        return sum([self.branch(x)], self.prepare(x))
+
+
+class Apart(Sized):
+    def forward(self, x):
+        x = self.prepare(x)
+        return torch.cat([self.conv1(x), x, self.conv2(x)], dim=1)
+
+
+class Super(Dropped):
+    def forward(self, x):
+        x = super().prepare(x)
+        return x + self.branch(x)
+
+
+class Mangled(Sized):
+    def __scale(self, x):
+        return x
+
+    def forward(self, x):
+        x = self.prepare(x)
+        return x + self.__scale(self.branch(x))
+
+
+class Other(Sized):
+    def forward(this, x):  # noqa: N805
+        return x + this.branch(this.prepare(x))
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Helped, Summed, Apart, Super, Mangled, Other], ids=lambda k: k.__name__)
+def test_a_merge_without_room_for_a_block_is_passed_over(kind):
+    plan = make_plan(nn.Sequential(nets.conv(3, 16), kind(), nets.Residual(48 if kind is Apart else 16)))
+    assert [site.owner for site in plan.sites] == ["2"]
+    assert {item.reason for item in plan.passed_over} == {"its code depends on the size or type of its input"}
+
+
+def test_merges_of_one_line_that_differ_are_passed_over():
+    class Growing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nets.conv(16 * n, 16) for n in (1, 2, 3)])
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = torch.cat([x, layer(F.relu(x) if x.shape[2] > 8 else x)], dim=1)
+            return x
+
+    plan = make_plan(nn.Sequential(nets.conv(3, 16), Growing(), nets.Residual(64)))
+    assert [site.owner for site in plan.sites] == ["2"]
+    assert {item.reason for item in plan.passed_over} == {"its code depends on the size or type of its input"}
+
+
+def test_a_reason_that_a_doubt_hid_is_told():
+    class Peers(Sized):
+        def forward(self, x):
+            x = self.prepare(x)
+            return self.conv1(x) + self.conv2(x)
+
+    plan = make_plan(nn.Sequential(nets.conv(3, 16), Peers(), nets.Residual()))
+    assert [item.reason for item in plan.passed_over] == ["neither operand is a shortcut of the other"]

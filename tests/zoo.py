@@ -199,10 +199,15 @@ def _account(row, before, sites, passed_over):
     reasons, untraced = Counter(), Counter()
     for item in (*sites, *passed_over):
         planned[item.owner] += item.num_merges
+    rest = before.oracle.maps.copy()
+    for site in sites:
+        rest[site.owner] -= site.num_merges if site.num_spatial > 1 else 0
     for item in passed_over:
         reasons[item.reason] += item.num_merges
         if not item.merge:  # only what was not traced has no code to show
-            untraced[item.reason] += min(item.num_merges, before.oracle.maps[item.owner])
+            num = min(item.num_merges, max(0, rest[item.owner]))
+            untraced[item.reason] += num
+            rest[item.owner] -= num
     row.sites, row.gated = len(sites), sum(site.num_merges for site in sites)
     row.passed, row.untraced, row.num_planned = dict(reasons), dict(+untraced), sum(planned.values())
     for path in sorted({*planned, *before.oracle.maps, *before.oracle.sequences, *before.training.maps}):

@@ -88,8 +88,8 @@ def _cut_entering(_: Merge, verdict: Verdict) -> Cuts:
     if not entering:  # one part of a split, taken from a tuple
         parts = [n for n in inside if is_map(n.meta["value"]) and not inside.intersection(n.all_input_nodes)]
         entering = {part: [user for user in part.users if user in inside] for part in parts}
-    if len(entering) != 1:
-        found = "none" if not entering else f"{len(entering)}"
+    if len(entering) != 1 or not all(entering.values()):  # an argument that is joined as it is enters no branch
+        found = f"{len(entering)}" if len(entering) > 1 else "none"
         return Cuts(reason=f"one map must enter its branches for placement pre, found {found}")
     (source, users) = entering.popitem()
     return Cuts((Cut(source, tuple(users), f"input of {get_label(users[0])}"),))

@@ -261,3 +261,22 @@ def test_a_scaled_branch_that_two_sums_read_is_gated_once():
     plan = make_plan(Twice(), example=torch.zeros(2, 16, 8, 8))
     assert len(plan.sites) == 1
     assert [item.reason for item in plan.passed_over] == ["what it would gate is gated by the block of another place"]
+
+
+def test_arguments_that_are_joined_as_they_are_enter_no_branch():
+    class Joined(nn.Module):
+        def forward(self, x, *others):
+            return torch.cat([x, F.relu(others[0])], 1)
+
+    class Net(nets.Residual):
+        def __init__(self):
+            super().__init__()
+            self.joined = Joined()
+
+        def forward(self, x):
+            return self.joined(x + self.branch(x), x)
+
+    plan = make_plan(Net(), placement="pre", example=torch.zeros(2, 16, 8, 8))
+    assert [item.reason for item in plan.passed_over] == [
+        "one map must enter its branches for placement pre, found none"
+    ]

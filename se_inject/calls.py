@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
 from se_inject.errors import PlanError, TraceError
-from se_inject.operations import find_channel_dim, set_channel_dim
+from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.twin import Twin, get_dtype
 
 METHODS = ("forward", "forward_features")

@@ -7,8 +7,6 @@ Each command takes its options, calls the stages and prints. Expected failures b
 from __future__ import annotations
 
 import functools
-import inspect
-import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +17,12 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from se_inject import __version__, console
+from se_inject.arguments import AsJson, ModelName, Opened, TrustSource, open_model, read_options, takes
 from se_inject.errors import OptionError, SEInjectError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from se_inject.sources import Source
 
-Opened = tuple[Any, Any]
-"""A network and its `Source` or None; their types live in modules that load when they are used."""
 DEFAULT_VERB = "inject"
 _ROOT_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -48,160 +43,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A timm or torchvision name (resnet50, timm:resnet50.a1_in1k, torchvision:resnet50, hf-hub:USER/NAME), a "
-        "package.module:factory, or a file that se-inject wrote.",
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", metavar="FILE", help="A state dict to load (.pt, .pth, .safetensors).")
-]
-Pretrained = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="Fetch the library's weights.")]
-NumClasses = Annotated[
-    int | None, typer.Option("--num-classes", metavar="N", help="Replace the classifier by one for N classes.")
-]
-TrustSource = Annotated[bool, typer.Option("--trust-source", help="Import the factory that a file of ours names.")]
-Ratios = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--r",
-        metavar="R|PATTERN=R",
-        help="Reduction ratio for all blocks (16), or for some: 'layer4.*=32'. Repeatable.",
-    ),
-]
-Divisor = Annotated[
-    int, typer.Option("--divisor", help="Hidden channels are rounded to a multiple of this; 1 is the paper's.")
-]
-Bias = Annotated[bool, typer.Option("--bias/--no-bias", help="Biases in the blocks' layers.")]
-Squeeze = Annotated[str, typer.Option("--squeeze", metavar="mean|max", help="What a map is squeezed to.")]
-Gate = Annotated[str, typer.Option("--gate", metavar="sigmoid|hard_sigmoid|tanh", help="The gate's activation.")]
-Block = Annotated[
-    str, typer.Option("--block", metavar="NAME", help="se, or another attention of timm's: eca, ge, gc, cbam, ...")
-]
-Placement = Annotated[
-    str,
-    typer.Option(
-        "--placement",
-        metavar="standard|pre|post|identity|conv3x3",
-        help="Where at a merge: the end of the branch, its input, the joined map, the shortcut, its middle.",
-    ),
-]
-Concat = Annotated[
-    str, typer.Option("--concat", metavar="joint|separate", help="One block for all branches of a merge, or one each.")
-]
-At = Annotated[
-    str,
-    typer.Option(
-        "--at",
-        metavar="KIND,...",
-        help="Of residual, concat, fusion, stage, conv, depthwise. By default residual,concat; where a network has "
-        "neither, depthwise or stage.",
-    ),
-]
-Stages = Annotated[
-    str,
-    typer.Option("--stages", metavar="N,...", help="Only maps that are 2^N times smaller than the input, as in 2,3,4."),
-]
-SkipLastStage = Annotated[
-    bool, typer.Option("--skip-last-stage", help="Leave out the last stage, with most of the parameters.")
-]
-Include = Annotated[
-    list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")
-]
-Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these paths.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
-
-
-def _read_options(
-    *,
-    r: Ratios = None,
-    divisor: Divisor = 8,
-    bias: Bias = True,
-    squeeze: Squeeze = "mean",
-    gate: Gate = "sigmoid",
-    block: Block = "se",
-    placement: Placement = "standard",
-    concat: Concat = "joint",
-    at: At = "",
-    stages: Stages = "",
-    skip_last_stage: SkipLastStage = False,
-    include: Include = None,
-    exclude: Exclude = None,
-) -> dict[str, Any]:
-    """Read the options of a plan, as `inject` and `make_plan` take them."""
-    return {
-        "r": _read_ratios(r),
-        "divisor": divisor,
-        "bias": bias,
-        "squeeze": squeeze,
-        "gate": gate,
-        "block": block,
-        "placement": placement,
-        "concat": concat,
-        "at": [kind.strip() for kind in at.split(",") if kind.strip()],
-        "stages": _read_stages(stages),
-        "skip_last_stage": skip_last_stage,
-        "include": include or (),
-        "exclude": exclude or (),
-    }
-
-
-def _open(
-    model: ModelName,
-    *,
-    weights: Weights = None,
-    pretrained: Pretrained = True,
-    num_classes: NumClasses = None,
-    trust_source: TrustSource = False,
-) -> Opened:
-    """Open the network that is named, with its source."""
-    for library in ("timm", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    from se_inject.artifact import get_source, load
-    from se_inject.files import SUFFIXES
-    from se_inject.sources import open_network
-
-    if Path(model).suffix in SUFFIXES and Path(model).is_file():
-        if weights is not None or num_classes is not None:
-            raise OptionError(
-                f"{model} holds its own weights and classifier; --weights and --num-classes go with a model name"
-            )
-        network = load(model, trust_source=trust_source)
-        source = get_source(network)
-    else:
-        opened = open_network(model, pretrained=pretrained, weights=weights, num_classes=num_classes)
-        network, source = opened.model, opened.source
-    console.talk(f"{source or model}, weights: {source.weights if source else model}")
-    return network, source
-
-
-def _with(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a reader in place of a parameter, which gets a function that reads them."""
-
-    def wrap(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True)
-        inner = {name: inspect.signature(reader, eval_str=True).parameters for name, reader in readers.items()}
-        merged: dict[str, inspect.Parameter] = {}
-        for name, parameter in own.parameters.items():
-            merged.update(inner.get(name, {name: parameter}))
-
-        @functools.wraps(command)
-        def run(**given: Any) -> None:
-            for name, reader in readers.items():
-                values = {key: given.pop(key) for key in inner[name]}
-                given[name] = functools.partial(reader, **values)
-            command(**given)
-
-        ordered = sorted(merged.values(), key=lambda parameter: parameter.kind)
-        vars(run)["__signature__"] = own.replace(parameters=ordered)
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in ordered}
-        return run
-
-    return wrap
-
 
 @app.callback(invoke_without_command=True)
 def show_version(*, version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
@@ -212,7 +53,7 @@ def show_version(*, version: Annotated[bool, typer.Option("--version", help="Sho
 
 
 @app.command("inject")
-@_with(open_model=_open, read_options=_read_options)
+@takes(open_model=open_model, read_options=read_options)
 def run_inject(
     open_model: Callable[[], Opened],
     *,
@@ -247,7 +88,7 @@ def run_inject(
 
 
 @app.command("plan")
-@_with(open_model=functools.partial(_open, pretrained=False), read_options=_read_options)
+@takes(open_model=functools.partial(open_model, pretrained=False), read_options=read_options)
 def run_plan(
     open_model: Callable[[], Opened],
     *,
@@ -279,7 +120,7 @@ def run_plan(
 
 
 @app.command("predict")
-@_with(open_model=_open)
+@takes(open_model=open_model)
 def run_predict(
     open_model: Callable[[], Opened],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
@@ -322,7 +163,7 @@ def run_export(
         raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50")
     target = out or Path(f"{name}.pt")
     check_target(target)
-    network, _ = _open(model, pretrained=False, trust_source=trust_source)
+    network, _ = open_model(model, pretrained=False, trust_source=trust_source)
     export = export_to_timm(network, name)
     write_tensors(target, export.model.state_dict(), {})
     if as_json:
@@ -354,27 +195,6 @@ def main() -> None:
     except SEInjectError as error:
         console.stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
         sys.exit(1)
-
-
-def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
-    """Read `16` and `layer4.*=32`; what is for all comes first, so that a pattern counts over it."""
-    ratios: dict[str, float] = {"*": 16.0}
-    for value in values or ():
-        pattern, _, number = value.rpartition("=")
-        try:
-            ratios[pattern or "*"] = float(number)
-        except ValueError:
-            raise OptionError(
-                f"--r is {value!r}; expected a number, as in 16, or PATTERN=NUMBER, as in 'layer4.*=32'"
-            ) from None
-    return ratios
-
-
-def _read_stages(value: str) -> list[int]:
-    try:
-        return [int(stage) for stage in value.split(",") if stage.strip()]
-    except ValueError:
-        raise OptionError(f"--stages is {value!r}; expected numbers, as in 2,3,4") from None
 
 
 def _describe_source(source: Source | None) -> dict[str, Any]:

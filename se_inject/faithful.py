@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
-from se_inject.operations import UNKNOWN, find_channel_dim, get_channel_dim, is_map
+from se_inject.layouts import UNKNOWN, find_channel_dim, get_channel_dim
+from se_inject.operations import is_map
 
 CONSTANT = "_tensor_constant"
 """What torch.fx calls the tensors that code makes while it runs."""

@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from se_inject.borders import write_scaled
 from se_inject.calls import Entry
-from se_inject.codegen import write_method, write_scaled
+from se_inject.codegen import write_method
 from se_inject.errors import ExampleError, OptionError, TraceError
+from se_inject.functions import CONVOLUTIONS, LINEARS, NORMS, PRODUCTS
 from se_inject.generated import derive_class
-from se_inject.operations import CONVOLUTIONS, LINEARS, NORMS, PRODUCTS
 from se_inject.probe import probe_model
 from se_inject.tracing import trace_entry
 

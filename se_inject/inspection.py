@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from se_inject.borders import write_border
 from se_inject.calls import Call, Entry
-from se_inject.codegen import Method, write_border, write_method
+from se_inject.codegen import Method, write_method
 from se_inject.errors import TraceError
-from se_inject.operations import Watch, count_positions, get_channel_dim, is_map, set_channel_dim
+from se_inject.layouts import get_channel_dim, set_channel_dim
+from se_inject.operations import Watch, count_positions, is_map
 from se_inject.places import Border, Place, Placing, Side, find_places
 from se_inject.splice import keep_spliceable, splice_method
 from se_inject.tracing import Trace, trace_entry

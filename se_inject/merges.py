@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from se_inject.functions import CONCATENATIONS
 from se_inject.hazards import get_ancestors
-from se_inject.operations import CONCATENATIONS, is_map
+from se_inject.operations import is_map
 from se_inject.tracing import Trace
 
 

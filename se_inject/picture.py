@@ -17,7 +17,8 @@ from se_inject.ejection import eject
 from se_inject.files import write_whole
 from se_inject.layout import Layout, arrange
 from se_inject.plan import Options
-from se_inject.planner import Survey, replay_plan, survey_model
+from se_inject.planner import Survey, survey_model
+from se_inject.replay import replay_plan
 from se_inject.rewrite import find_plan
 
 SVG = ".svg"

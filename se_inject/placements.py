@@ -13,9 +13,10 @@ from typing import Literal
 from torch import fx
 
 from se_inject.classify import Verdict
+from se_inject.functions import PRODUCTS
 from se_inject.hazards import get_ancestors, get_label
 from se_inject.merges import Merge
-from se_inject.operations import PRODUCTS, is_map
+from se_inject.operations import is_map
 
 Placement = Literal["standard", "pre", "post", "identity", "conv3x3"]
 

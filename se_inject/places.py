@@ -14,8 +14,9 @@ from torch import fx
 from se_inject.calls import Entry
 from se_inject.classify import MergeKind, Verdict, classify_concat, classify_sum
 from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors
+from se_inject.layouts import get_channel_dim
 from se_inject.merges import Merge, find_merges
-from se_inject.operations import count_positions, get_channel_dim, is_map
+from se_inject.operations import count_positions, is_map
 from se_inject.placements import Cut, Cuts, Placement, find_cuts
 from se_inject.tracing import Trace
 

@@ -20,6 +20,7 @@ from torch import fx, nn
 from se_inject.attention import make_block
 from se_inject.block import Gate, Squeeze, is_block, mark_block
 from se_inject.codegen import Method
+from se_inject.draft import is_free
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.generated import derive_class
 from se_inject.inspection import write_entry
@@ -27,7 +28,8 @@ from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
-from se_inject.planner import Survey, is_free, replay_plan, survey_model
+from se_inject.planner import Survey, survey_model
+from se_inject.replay import replay_plan
 from se_inject.twin import get_device, get_dtype
 
 

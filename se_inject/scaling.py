@@ -18,8 +18,8 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from se_inject.calls import Call, Entry
 from se_inject.errors import TraceError
+from se_inject.functions import ADDITIONS, CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS
 from se_inject.hazards import get_ancestors
-from se_inject.operations import ADDITIONS, CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS
 from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin
 

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject.calls import Call, Entry, describe_form, encode_call
 from se_inject.errors import TraceError
 from se_inject.inspection import Inspection, inspect_border, inspect_entry, write_entry
-from se_inject.layers import LAYER_SIDES, choose_layers
+from se_inject.layers import LAYER_SIDES, choose_layers, find_reader
 from se_inject.operations import count_positions, is_map
 from se_inject.places import Kind, LayerKind, Place, Placing
 from se_inject.plan import DEFAULT_R, PassedOver, Site
@@ -79,17 +79,38 @@ def fill_draft(draft: Draft, *, is_given: bool) -> str:
         draft.passed += lost
         for place in inspection.places if inspection else ():
             if place.operations:
-                draft.add(place, place.kind, len(visit.calls))  # type: ignore[arg-type]  # of a merge
+                kind: Kind = place.kind  # type: ignore[assignment]  # that of a merge
+                draft.add(_enter_child(draft, place), kind, len(visit.calls))
     # Channel attention that is there already is reported, and a transformer is not gated at its patches.
     is_settled = any(m.kind == "residual" and m.reason for m in draft.passed)
     if not is_given and not draft.sites and not is_settled:
-        kind: LayerKind = "depthwise" if choose_layers(probe.layers, "depthwise") else "stage"
-        draft.placing = replace(draft.placing, at=(*draft.placing.at, kind))
-        note = f"no merge to gate, so the blocks stand {LAYER_NOTES[kind]} ({kind})"
-    for kind in get_args(LayerKind):
-        for layer in choose_layers(probe.layers, kind) if kind in draft.placing.at else ():
-            _add_layer(draft, layer, kind)
+        chosen: LayerKind = "depthwise" if choose_layers(probe.layers, "depthwise") else "stage"
+        draft.placing = replace(draft.placing, at=(*draft.placing.at, chosen))
+        note = f"no merge to gate, so the blocks stand {LAYER_NOTES[chosen]} ({chosen})"
+    for layer_kind in get_args(LayerKind):
+        for layer in choose_layers(probe.layers, layer_kind) if layer_kind in draft.placing.at else ():
+            _add_layer(draft, layer, layer_kind)
     return note if draft.sites else ""
+
+
+def _enter_child(draft: Draft, place: Place) -> Place:
+    """Find what placement conv3x3 gates inside of a child: the input of the layer that reads its middle convolution."""
+    if not place.child:
+        return place
+    probe = draft.probe
+    reader = find_reader(probe.layers, f"{place.entry.path}.{place.child}".removeprefix("."))
+    if reader is None or probe.twin.model.get_submodule(reader.entry.path)._modules:
+        return place
+    try:
+        call = _get_only_call(probe.visits[reader.entry])
+        if len(probe.visits[reader.entry].calls) != len(probe.visits[place.entry].calls):
+            return place  # something else calls it too
+        found = draft.inspections.setdefault(reader.entry, inspect_border(probe.twin, reader.entry, call))
+        (inside,) = (p for p in found.places if p.kind == "input")
+        _check_code(draft, reader.entry, [inside], call)
+    except TraceError as error:
+        return replace(place, reason=str(error))
+    return replace(inside, operations=place.operations, num_merges=place.num_merges, positions=place.positions)
 
 
 def _add_layer(draft: Draft, visit: LayerVisit, kind: LayerKind) -> None:

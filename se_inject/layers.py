@@ -32,6 +32,17 @@ def choose_layers(layers: Sequence[LayerVisit], kind: LayerKind) -> list[LayerVi
     return list({(visit.entry, visit.index): visit for visit in chosen}.values())
 
 
+def find_reader(layers: Sequence[LayerVisit], path: str) -> LayerVisit | None:
+    """Find the layer of a module that reads its middle spatial convolution; None if that is its last layer."""
+    inside = [visit for visit in layers if f"{visit.entry.path}.".startswith(f"{path}.")]
+    spatial = [i for i, visit in enumerate(inside) if visit.call.is_spatial]
+    middle = spatial[(len(spatial) - 1) // 2] if spatial else len(inside)
+    reader = inside[middle + 1] if middle + 1 < len(inside) else None
+    if reader is None or reader.call.kind == "pool" or reader.call.channels != inside[middle].call.out_channels:
+        return None
+    return reader
+
+
 def _choose_convolutions(layers: Sequence[LayerVisit]) -> list[LayerVisit]:
     return [visit for visit in layers if visit.call.kind == "conv"]
 

@@ -18,6 +18,7 @@ from se_inject.functions import CONVOLUTIONS, LINEARS, NORMS
 _RESHAPES = frozenset({"view", "reshape", "flatten", "unflatten"})
 _PRODUCTS_OF_MATRICES = frozenset({"matmul", "__matmul__", "bmm"})
 _PERMUTATIONS = frozenset({"permute", "transpose", "movedim", "swapaxes", "swapdims"})
+_SELECTIONS = frozenset({"unbind", "select", "__getitem__"})
 _LAYOUT = "se_inject_channel_dim"
 _PARTS = "se_inject_channel_parts"
 UNKNOWN = 0
@@ -67,6 +68,10 @@ def note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
     elif source.ndim == result.ndim:
         _set_parts(result, _get_parts(source))
         return
+    elif name in _SELECTIONS and result.ndim == source.ndim - 1 and source is given[0]:
+        dropped = _find_dropped(name, args, kwargs) % source.ndim
+        _set_parts(result, {part - (part > dropped) for part in _get_parts(source) if part != dropped})
+        return
     elif result.ndim and get_channel_dim(source) == source.ndim - 1 and source.shape[-1] == result.shape[-1]:
         dim = result.ndim - 1  # tokens (N, L, C) laid out as (N, H, W, C), and back
     else:
@@ -80,6 +85,11 @@ def note_layout_of_parts(args: tuple[Any, ...], kwargs: dict[str, Any], results:
     if find_channel_dim(source) is not None:
         for piece in results:
             _set_parts(piece, _get_parts(source))
+
+
+def is_split(value: Tensor) -> bool:
+    """Tell whether the channels of a tensor lie in several dimensions, as in (N, heads, L, C / heads)."""
+    return len(_get_parts(value)) > 1
 
 
 def _get_parts(value: Tensor) -> set[int]:
@@ -131,6 +141,15 @@ def _align(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[set[int], s
             else:
                 right, j = right * new[j], j + 1
         yield set(range(start_i, i)), set(range(start_j, j))
+
+
+def _find_dropped(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Tell which dimension is gone after `x.unbind(0)`, `x.select(1, 0)` or `x[:, 0]`."""
+    if name == "__getitem__":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return next((i for i, item in enumerate(index) if isinstance(item, int)), 0)
+    dim: int = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    return dim
 
 
 def _follow_permutation(name: str, dims: list[int], channel_dim: int, ndim: int) -> int:

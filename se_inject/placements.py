@@ -46,6 +46,8 @@ class Cuts:
 
     cuts: tuple[Cut, ...] = ()
     reason: str = ""
+    child: str = ""
+    """Path, relative to the owner, of the child in which what is to be gated stands."""
 
 
 def find_cuts(merge: Merge, verdict: Verdict, placement: Placement, *, joint: bool = True) -> Cuts:
@@ -117,7 +119,8 @@ def _cut_middle(_: Merge, verdict: Verdict) -> Cuts:
         return Cuts(reason="for placement conv3x3 it must have one branch with a spatial convolution")
     if len(single) < len(convolutions):
         child = next(n for n in convolutions if n not in single)
-        return Cuts(reason=f"its convolutions stand inside of {get_label(child)}, not in its owner's code")
+        reason = f"its convolutions stand inside of {get_label(child)}, not in its owner's code"
+        return Cuts(reason=reason, child=str(child.target) if len(convolutions) == 1 else "")
     node = convolutions[(len(convolutions) - 1) // 2]
     while len(node.users) == 1 and _is_elementwise(user := next(iter(node.users))) and user in inside:
         node = user

@@ -14,7 +14,7 @@ from torch import fx
 from se_inject.calls import Entry
 from se_inject.classify import MergeKind, Verdict, classify_concat, classify_sum
 from se_inject.hazards import find_overwriting, find_writing_between, get_ancestors
-from se_inject.layouts import get_channel_dim
+from se_inject.layouts import get_channel_dim, is_split
 from se_inject.merges import Merge, find_merges
 from se_inject.operations import count_positions, is_map
 from se_inject.placements import Cut, Cuts, Placement, find_cuts
@@ -73,6 +73,7 @@ class Place:
         num_spatial: How many spatial dimensions the maps have.
         channel_dim: Where the maps have their channels: 1, or -1 for (N, H, W, C).
         reason: Why it cannot receive a block; empty if it can.
+        child: Path, relative to the owner, of the child in which what is to be gated stands.
     """
 
     entry: Entry
@@ -87,6 +88,7 @@ class Place:
     num_spatial: int
     channel_dim: Literal[1, -1]
     reason: str = ""
+    child: str = ""
 
 
 def find_places(trace: Trace, placing: Placing) -> list[Place]:
@@ -128,12 +130,13 @@ def _place_merge(trace: Trace, merge: Merge, verdict: Verdict, placing: Placing)
     found = find_cuts(merge, verdict, placing.placement, joint=joint)
     reason = verdict.reason if verdict.kind != "fusion" or "fusion" not in placing.at else ""
     groups = [found.cuts] if joint or not found.cuts else [(cut,) for cut in found.cuts]
+    child = "" if reason else found.child
     places = [_make_place(trace, merge.node, Cuts(cuts, reason or found.reason), verdict.kind) for cuts in groups]
     if len(found.cuts) > 1 and joint and not places[0].reason:
         places = [replace(places[0], reason=find_writing_between(trace, merge.operations, merge.operands))]
     operations = tuple(n.name for n in merge.operations)
     counts = [len(operations), *[0] * (len(places) - 1)]
-    return [replace(p, operations=operations, num_merges=n) for p, n in zip(places, counts, strict=True)]
+    return [replace(p, operations=operations, num_merges=n, child=child) for p, n in zip(places, counts, strict=True)]
 
 
 def _make_place(trace: Trace, node: fx.Node, found: Cuts, kind: MergeKind | Side | Border) -> Place:
@@ -142,11 +145,13 @@ def _make_place(trace: Trace, node: fx.Node, found: Cuts, kind: MergeKind | Side
     )
     maps = [cut.source.meta["value"] for cut in found.cuts] or [node.meta["value"]]
     joined = [node.meta["value"]] if kind in get_args(MergeKind) else []
-    layouts = {get_channel_dim(x) for x in joined + maps}
+    layouts = {get_channel_dim(x) for x in maps}
     dim = layouts.pop()
     is_last = dim == maps[0].ndim - 1
     if not reason and (layouts or not (is_last or dim == 1) or len({x.ndim for x in maps}) > 1):
         reason = "its maps are laid out in different ways"
+    if not reason and any(map(is_split, maps)):
+        reason = "its channels are split over several dimensions, as those of attention heads"
     edges = tuple(_make_edge(cut, dim) for cut in found.cuts)
     return Place(
         entry=trace.entry,

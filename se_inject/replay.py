@@ -65,7 +65,8 @@ def _compare(site: Site, places: list[Place], plan: Plan, recipe: Recipe | None)
     if (place.num_spatial, place.channel_dim) != (site.num_spatial, site.channel_dim):
         return "the maps have other dimensions"
     expected = next((sides for kind, sides in LAYER_SIDES.items() if kind == site.kind), (site.kind,))
-    if place.kind not in expected or place.channels != site.channels:
+    is_expected = place.kind == "input" if site.is_border and site.kind not in LAYER_SIDES else place.kind in expected
+    if not is_expected or place.channels != site.channels:
         return f"it says {site.kind} of {site.channels} channels, found {place.kind} of {place.channels}"
     if not site.r >= 1 or site != count_block(site, plan, recipe):
         return f"{site.hidden} hidden channels are not what r={site.r:g} gives"

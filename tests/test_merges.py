@@ -4,6 +4,7 @@ from torch import nn
 
 from se_inject import make_plan
 from se_inject.calls import Call, Entry
+from se_inject.errors import EmptyPlanError
 from se_inject.inspection import inspect_entry
 from se_inject.places import Placing
 from se_inject.twin import make_twin
@@ -320,3 +321,25 @@ def test_a_number_that_is_made_of_tokens_has_no_layout():
             return x + self.branch(x) / tokens.square().sum()
 
     assert len(make_plan(nn.Sequential(nets.conv(3, 16), Scaled())).sites) == 1
+
+
+def test_maps_whose_channels_are_split_over_heads_are_passed_over():
+    class Heads(nn.Module):
+        """A convolution of values, added to attention, as (N, heads, L, C / heads)."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.qkv, self.conv = nets.conv(3, 16), nn.Linear(16, 48), nets.conv(16, 16)
+
+        def forward(self, x):
+            x = self.stem(x)
+            n, c, h, w = x.shape
+            q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).view(n, h * w, 3, 4, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            local = v.transpose(-1, -2).reshape(n, c, h, w)
+            for _ in range(3):
+                local = self.conv(local)
+            local = local.view(n, 4, 4, h * w).transpose(-1, -2)
+            return (q @ (k.transpose(-1, -2) @ v) + q * local).sum((2, 3))
+
+    with pytest.raises(EmptyPlanError, match="its channels are split over several dimensions"):
+        make_plan(Heads(), example=torch.zeros(2, 3, 8, 8))

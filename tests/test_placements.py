@@ -156,17 +156,39 @@ def test_what_is_not_asked_for_is_passed_over_with_that_reason():
     assert [(item.kind, item.reason) for item in plan.passed_over] == [("residual", "not asked for: at is concat")]
 
 
-def test_a_convolution_inside_of_a_child_cannot_be_gated_from_outside():
-    class Closed(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nets.conv(16, 16), nn.ReLU(), nets.conv(16, 16))
+class Closed(nn.Module):
+    """All layers of the branch stand in a child."""
 
-        def forward(self, x):
-            return x + self.body(x)
+    def __init__(self, *layers):
+        super().__init__()
+        self.body = nn.Sequential(*layers)
 
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def test_a_convolution_inside_of_a_child_is_gated_before_the_layer_that_reads_it():
+    layers = [nets.conv(16, 8, kernel=1), nn.ReLU(), nets.conv(8, 8), nn.ReLU(), nets.conv(8, 16, kernel=1)]
+    model = nets.wrap(Closed(*layers))
+    injected = inject(model, placement="conv3x3")
+    (site,) = get_plan(injected).sites
+    assert (site.path, site.kind, site.channels, site.num_merges) == ("1.body.4.se", "residual", 8, 1)
+    x = torch.randn(2, 3, 8, 8)
+    assert_same_network(model, injected, x)
+    assert_same_network(model, inject(model, plan=Plan.from_json(get_plan(injected).to_json())), x)
+
+
+def test_a_convolution_that_ends_a_child_cannot_be_gated_from_outside():
+    model = nets.wrap(Closed(nets.conv(16, 8, kernel=1), nn.ReLU(), nets.conv(8, 16)))
     with pytest.raises(EmptyPlanError, match="its convolutions stand inside of body, not in its owner's code"):
-        make_plan(nets.wrap(Closed()), placement="conv3x3")
+        make_plan(model, placement="conv3x3")
+
+
+def test_torchvisions_mobilenet_is_gated_at_its_depthwise_convolutions():
+    model = nets.enliven(torchvision.models.mobilenet_v2(num_classes=4))
+    injected = inject(model, placement="conv3x3")
+    assert [site.channels for site in get_plan(injected).sites][:3] == [144, 192, 192]
+    assert_same_network(model, injected, torch.randn(2, 3, 64, 64))
 
 
 @pytest.mark.parametrize(

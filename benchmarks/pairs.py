@@ -127,24 +127,26 @@ def _list_kinds(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
 def try_pair(pair: Pair, seed: int) -> Trial:
     """Inject, train, export and compare; the first placement that works counts, or else the last reason."""
     with torch.device("meta"):
-        options = propose_options(find_gate_layers(build(pair.network).state_dict()))
-    trial = Trial(pair, options)
+        gates = find_gate_layers(build(pair.network).state_dict())
+    proposed = propose_options(gates)
+    trial = Trial(pair, proposed)
     for placement in get_args(Placement):
         torch.manual_seed(seed)
-        options = {**options, "placement": placement}
+        options = {**proposed, "placement": placement}
         try:
             network = build(pair.plain)
-            if isinstance(options["r"], dict):
-                sites = se_inject.make_plan(network, placement=placement).sites
-                if not set(options["r"]) <= {site.owner for site in sites}:
-                    options["r"] = 16  # the blocks stand elsewhere; the export says where
+            sites = se_inject.make_plan(network, placement=placement).sites
+            if len(sites) > len(gates) == sum(site.kind == "residual" for site in sites):
+                options["at"] = ["residual"]
+            if isinstance(options["r"], dict) and not set(options["r"]) <= {site.owner for site in sites}:
+                options["r"] = 16  # the blocks stand elsewhere; the export says where
             model = se_inject.inject(network, **options, inplace=True)
-            gates = train_briefly(model)
+            distance = train_briefly(model)
             export = export_to_timm(model, f"timm:{pair.network}")
         except se_inject.SEInjectError as error:
             trial = Trial(pair, options, reason=str(error))
         else:
-            return Trial(pair, options, len(se_inject.blocks(model)), gates, export.difference)
+            return Trial(pair, options, len(se_inject.blocks(model)), distance, export.difference)
     return trial
 
 

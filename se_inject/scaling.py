@@ -1,8 +1,8 @@
-"""Scaling: find the parameters that, multiplied by a positive number, multiply a map by it.
+"""Scaling: find the parameters that, multiplied by a positive number, multiply a map by it, or undo that it is not.
 
 Takes the traced graph of a method and one of its nodes, gives the names of the parameters of the affine layers (a norm,
 a convolution, a linear layer, a layer scale) from which the map comes through operations that commute with a positive
-factor (ReLU, dropout, pooling), or the reason why there are none. Changes nothing.
+factor (ReLU, dropout, pooling), or into which it goes, or the reason why there are none. Changes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _AFFINE_LAYERS = (
 )
 # A subclass with a forward of its own (weight standardisation, a norm with an activation) is looked into instead.
 _AFFINE_FORWARDS = frozenset(layer.forward for layer in _AFFINE_LAYERS)
+_LINEAR_FORWARDS = frozenset(layer.forward for layer in _AFFINE_LAYERS[:7])
 _AFFINE_FUNCTIONS = {  # the places of weight and bias among the arguments
     **dict.fromkeys((*CONVOLUTIONS, "linear"), (1, 2)),
     **dict.fromkeys(("batch_norm", "instance_norm"), (3, 4)),
@@ -96,6 +97,48 @@ def find_scale(twin: Twin, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
     return _scale_operation(twin, trace, node, str(name))
 
 
+def find_reader(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
+    """Find the weight that makes up for a factor that a node's value no longer has: that of the layer that reads it.
+
+    Args:
+        twin: The fake twin that holds the traced module.
+        trace: The graph of a method.
+        node: The node of the map.
+
+    Raises:
+        UnreachableError: No single convolution or linear layer reads it; the message says what does.
+    """
+    readers = [user for user in node.users if not _only_reads(user)]
+    if len(readers) != 1 or readers[0].op == "output":
+        raise UnreachableError(f"`{node.name}` is not read by one layer alone")
+    reader = readers[0]
+    name = reader.target if isinstance(reader.target, str) else getattr(reader.target, "__name__", "")
+    is_first = _list_arguments(reader)[0] is node and _list_arguments(reader).count(node) == 1
+    if reader.op == "call_module":
+        return _find_reader_inside(twin, trace, node, reader)
+    if is_first and name in (*CONVOLUTIONS, "linear"):
+        return _scale_parameters(twin, trace, [_get_argument(reader, 1, "weight")])
+    if is_first and name in _HOMOGENEOUS:
+        return find_reader(twin, trace, reader)
+    raise UnreachableError(f"`{reader.name}` reads it, which is no convolution or linear layer")
+
+
+def _find_reader_inside(twin: Twin, trace: Trace, node: fx.Node, reader: fx.Node) -> Scale:
+    path = ".".join(filter(None, (trace.entry.path, str(reader.target))))
+    child = twin.model.get_submodule(path)
+    if type(child).forward in _LINEAR_FORWARDS and "forward" not in vars(child):
+        return _check_uses(twin, trace, Scale(frozenset({f"{path}.weight"})))
+    if _is_homogeneous(child, reader):
+        return find_reader(twin, trace, reader)
+    inner = _trace_child(twin, trace, reader, Entry(path))
+    bound = inner.signature.bind(*reader.args, **reader.kwargs).arguments
+    names = {name for name, value in bound.items() if value is node}
+    handed = [n for n in inner.graph.nodes if n.op == "placeholder" and n.target in names]
+    if len(handed) != 1:
+        raise UnreachableError(f"{path} takes the map in another way than as one argument")
+    return _check_uses(twin, trace, find_reader(twin, inner, handed[0]))
+
+
 def _scale_operation(twin: Twin, trace: Trace, node: fx.Node, name: str) -> Scale:
     if name in _AFFINE_FUNCTIONS:
         arguments = [_get_argument(node, *place) for place in zip(_AFFINE_FUNCTIONS[name], ("weight", "bias"))]  # noqa: B905
@@ -148,12 +191,16 @@ def _scale_child(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
         raise UnreachableError(f"`{node.target}` is a method with a code of its own") from error
     if type(child).forward in _AFFINE_FORWARDS and "forward" not in vars(child):
         return _scale_layer(twin, trace, child, path)
+    if _is_homogeneous(child, node):
+        return find_scale(twin, trace, node.all_input_nodes[0], node)
+    return _look_into(twin, trace, node, Entry(path))
+
+
+def _is_homogeneous(child: nn.Module, node: fx.Node) -> bool:
     # Of torch's own layers the names of their operations tell all; others may hold an autograd function.
     is_known = all(type(layer).__module__.startswith("torch.nn.modules.") for layer in child.modules())
     arguments = [x for x in _list_arguments(node) if isinstance(x, fx.Node)]
-    if is_known and node.meta["work"].names <= _HOMOGENEOUS and len(arguments) == 1:
-        return find_scale(twin, trace, arguments[0], node)
-    return _look_into(twin, trace, node, Entry(path))
+    return is_known and node.meta["work"].names <= _HOMOGENEOUS and len(arguments) == 1
 
 
 def _scale_layer(twin: Twin, trace: Trace, layer: nn.Module, path: str) -> Scale:
@@ -168,14 +215,7 @@ def _scale_layer(twin: Twin, trace: Trace, layer: nn.Module, path: str) -> Scale
 
 def _look_into(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
     """Find what scales the result of a child with a forward of its own."""
-    child = twin.model.get_submodule(entry.path)
-    # A norm counts its batches in train mode, which a graph would not; its map is made the same way in both modes.
-    training = trace.training and not isinstance(child, _NormBase)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
-    try:
-        inner = trace_entry(twin, entry, Call(tuple(args), dict(kwargs)), training=training)
-    except TraceError as error:
-        raise UnreachableError(f"the code of {entry} cannot be followed: {error}") from error
+    inner = _trace_child(twin, trace, node, entry)
     output = next(iter(reversed(inner.graph.nodes)))
     result = output.args[0]
     if not isinstance(result, fx.Node):
@@ -189,6 +229,17 @@ def _look_into(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
             raise UnreachableError(f"{entry} takes its maps from a container")
         outer |= find_scale(twin, trace, argument, node)
     return outer
+
+
+def _trace_child(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Trace:
+    child = twin.model.get_submodule(entry.path)
+    # A norm counts its batches in train mode, which a graph would not; its map is made the same way in both modes.
+    training = trace.training and not isinstance(child, _NormBase)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
+    try:
+        return trace_entry(twin, entry, Call(tuple(args), dict(kwargs)), training=training)
+    except TraceError as error:
+        raise UnreachableError(f"the code of {entry} cannot be followed: {error}") from error
 
 
 def _scale_parameters(twin: Twin, trace: Trace, arguments: Any) -> Scale:

@@ -1,8 +1,9 @@
 """Standard form: fold the gain of every block into the layer before it, which leaves the plain sigmoid block.
 
-Takes an injected model, gives the same function with `gain` 1: as the block scales what it squeezes,
+Takes an injected model, gives the same function with `gain` 1. As the block scales what it squeezes,
 `gain * sigmoid(W2 relu(W1 mean(y) + b1) + b2) * y` is `sigmoid(W2 relu(W1' mean(y') + b1) + b2) * y'` with
-`y' = gain * y` and `W1' = W1 / gain`. A gain of 2 changes exponents alone, so the outputs stay equal to the bit.
+`y' = gain * y` and `W1' = W1 / gain`; where y comes from an activation such as SiLU, the weight of the layer that reads
+the block's output takes the gain instead. A gain of 2 changes exponents alone, so the outputs stay equal to the bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from se_inject.block import SqueezeExcite
@@ -22,7 +23,7 @@ from se_inject.calls import Entry, decode_call
 from se_inject.errors import StandardFormError, TraceError
 from se_inject.plan import Plan
 from se_inject.rewrite import blocks, copy_model, get_plan
-from se_inject.scaling import Scale, UnreachableError, find_scale
+from se_inject.scaling import Scale, UnreachableError, find_reader, find_scale
 from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin, make_twin, quiet, set_training
 
@@ -31,11 +32,13 @@ _FOLDABLE_GATES = ("sigmoid", "hard_sigmoid")
 
 @dataclass(frozen=True)
 class Fold:
-    """A block whose gain can go into the layers before it."""
+    """A block whose gain can go into the layers before it, or into the one after it."""
 
     block: str
     parameters: tuple[str, ...]
-    """Full names of the parameters that make the block's maps, as `layer1.0.bn3.weight`."""
+    """Full names of the parameters that take the gain, as `layer1.0.bn3.weight`."""
+    is_after: bool = False
+    """Whether they are those of the layer that reads the block's output, and not of those that make its maps."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def standardize(model: nn.Module, *, strict: bool = True, inplace: bool = False)
             block = cast("SqueezeExcite", target.get_submodule(fold.block))
             for name in fold.parameters:
                 target.get_parameter(name).mul_(block.gain)
-            block.fc1.weight.div_(block.gain)
+            if not fold.is_after:
+                block.fc1.weight.div_(block.gain)
             block.gain = 1.0
     return target
 
@@ -121,9 +125,9 @@ def find_standard_form(model: nn.Module) -> StandardForm:
         for path, name in waiting.items():
             with _noting(kept, path):
                 _check_gate(present[path])
-                names = _find_parameters(twin, traces, name)
+                names, is_after = _find_parameters(twin, traces, name)
                 _check_sharing(model, path, names, calls)
-                folds.append(Fold(path, tuple(sorted(names))))
+                folds.append(Fold(path, tuple(sorted(names)), is_after))
     return _refuse_double_folds(StandardForm(tuple(folds), kept))
 
 
@@ -141,22 +145,39 @@ def _trace(twin: Twin, plan: Plan, entry: Entry) -> list[Trace]:
     return [trace_entry(twin, entry, call, training=training) for training in (False, True)]
 
 
-def _find_parameters(twin: Twin, traces: Sequence[Trace], name: str) -> frozenset[str]:
-    """Find the parameters that scale all maps of a block, the same ones in every mode."""
-    found = {_find_in_trace(twin, trace, name) for trace in traces}
+def _find_parameters(twin: Twin, traces: Sequence[Trace], name: str) -> tuple[frozenset[str], bool]:
+    """Find the parameters that scale all maps of a block, or else its output, the same ones in every mode.
+
+    Returns:
+        Their names, and whether they are those of the layer after the block.
+    """
+    blocks_in = [_find_block(trace, name) for trace in traces]
+    is_after = False
+    try:
+        found = {_find_before(twin, trace, node) for trace, node in zip(traces, blocks_in, strict=True)}
+    except UnreachableError as error:
+        try:
+            found = {find_reader(twin, trace, node).parameters for trace, node in zip(traces, blocks_in, strict=True)}
+        except UnreachableError:
+            raise error from None
+        is_after = True
     if len(found) > 1:
         raise UnreachableError("its maps come from other layers in train than in eval mode")
-    return found.pop()
+    return found.pop(), is_after
 
 
-def _find_in_trace(twin: Twin, trace: Trace, name: str) -> frozenset[str]:
-    nodes = [node for node in trace.graph.nodes if node.op == "call_module" and node.target == name]
+def _find_block(trace: Trace, name: str) -> fx.Node:
+    nodes: list[fx.Node] = [n for n in trace.graph.nodes if n.op == "call_module" and n.target == name]
     if len(nodes) != 1:
         raise UnreachableError(f"it is called {len(nodes)} times in its owner's code")
-    maps = [node for node in nodes[0].all_input_nodes if isinstance(node.meta["value"], Tensor)]
+    return nodes[0]
+
+
+def _find_before(twin: Twin, trace: Trace, block: fx.Node) -> frozenset[str]:
+    maps = [node for node in block.all_input_nodes if isinstance(node.meta["value"], Tensor)]
     scale = Scale(frozenset())
     for node in maps:
-        scale |= find_scale(twin, trace, node, nodes[0])
+        scale |= find_scale(twin, trace, node, block)
     if scale.arguments:
         raise UnreachableError(f"`{min(scale.arguments)}` is what its owner is handed, not the output of a layer")
     return scale.parameters

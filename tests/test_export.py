@@ -44,6 +44,10 @@ def assert_close(model, target, size=96):
 
 
 SMALL = [("timm:resnet18", "seresnet18"), ("torchvision:resnet18", "seresnet18"), ("timm:nf_resnet26", "nf_seresnet26")]
+MIDDLE = [
+    ("timm:resnext26ts", "seresnext26ts", {"r": 16}),
+    ("timm:regnetx_002", "regnety_002", None),
+]
 LARGE = [
     ("timm:resnet34", "seresnet34"),
     ("timm:resnet50", "seresnet50"),
@@ -67,6 +71,16 @@ def test_a_trained_network_becomes_timms_own(plain, name):
     assert not blocks(export.model)
     assert_close(model, export.model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize(("plain", "name", "options"), MIDDLE)
+def test_a_network_with_blocks_after_the_middle_convolutions_becomes_timms_own(plain, name, options):
+    options = options or propose_options(find_gate_layers(timm.create_model(name).state_dict()))
+    model = inject(timm.create_model(plain.removeprefix("timm:")), placement="conv3x3", **options)
+    export = export_to_timm(train(model), name)
+    assert export.difference <= 1e-5
+    assert_close(model, export.model)
 
 
 def test_a_standard_network_and_grey_images_are_taken_too():

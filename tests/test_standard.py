@@ -213,6 +213,95 @@ def test_a_block_without_standard_form_is_named_with_the_reason(layers, reason, 
     assert_same_network(model, standard, x)
 
 
+class Bottle(nn.Module):
+    """A residual block whose middle convolution ends in an activation that a factor does not pass through."""
+
+    def __init__(self, reader, activation=None):
+        super().__init__()
+        self.stem, self.head = nets.conv(3, 16), nn.Linear(16, 4)
+        self.conv1, self.conv2, self.norm = nets.conv(16, 8, kernel=1), nets.conv(8, 8), nn.BatchNorm2d(8)
+        self.act, self.reader = activation or nn.SiLU(), reader
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        out = self.act(self.norm(self.conv2(self.conv1(x))))
+        return self.head((x + self.reader(out)).mean((2, 3)))
+
+
+class ReadTwice(Bottle):
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        out = self.act(self.norm(self.conv2(self.conv1(x))))
+        return self.head((x + self.reader(out)).mean((2, 3))) + out.mean()
+
+
+class ReadByFunction(Bottle):
+    def __init__(self, reader):
+        super().__init__(reader)
+        self.weight = nn.Parameter(torch.randn(16, 8, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        out = F.relu(self.act(self.norm(self.conv2(self.conv1(x)))))
+        return self.head((x + F.conv2d(out, self.weight)).mean((2, 3)))
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16)
+
+    def forward(self, *, maps):
+        return self.norm(self.conv(maps))
+
+
+class ReadByKeyword(Bottle):
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        out = self.act(self.norm(self.conv2(self.conv1(x))))
+        return self.head((x + self.reader(maps=out)).mean((2, 3)))
+
+
+READ = {
+    "convolution": (Bottle, nn.Conv2d(8, 16, 1), {"reader.weight"}),
+    "transposed": (Bottle, nn.ConvTranspose2d(8, 16, 1), {"reader.weight"}),
+    "relu between": (Bottle, nn.Sequential(nn.ReLU(), nn.Dropout(0.1), nn.Conv2d(8, 16, 1)), {"reader.2.weight"}),
+    "in a child": (Bottle, timm.layers.ConvNormAct(8, 16, 1), {"reader.conv.weight"}),
+    "function": (ReadByFunction, nn.Identity(), {"weight"}),
+    "keyword": (ReadByKeyword, Keyword(), {"reader.conv.weight"}),
+}
+
+
+@pytest.mark.parametrize(("kind", "reader", "names"), READ.values(), ids=READ)
+def test_the_layer_after_the_block_takes_the_gain_where_none_before_it_can(kind, reader, names, x):
+    model = inject_opened(kind(reader), placement="conv3x3")
+    (fold,) = find_standard_form(model).folds
+    assert (set(fold.parameters), fold.is_after) == (names, True)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    standard = standardize(model)
+    assert all(
+        torch.equal(value, before[key] * (2 if key in names else 1)) for key, value in standard.state_dict().items()
+    )
+    assert blocks(standard)[fold.block].gain == 1
+    assert_same_network(model, standard, x)
+
+
+NOT_READ = {
+    "read twice": (ReadTwice, nn.Conv2d(8, 16, 1)),
+    "norm first": (Bottle, nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 16, 1))),
+    "silu first": (Bottle, nn.Sequential(nn.SiLU(), nn.Conv2d(8, 16, 1))),
+    "standardised": (Bottle, Standardised(8, 16, 1)),
+}
+
+
+@pytest.mark.parametrize(("kind", "reader"), NOT_READ.values(), ids=NOT_READ)
+def test_a_layer_after_the_block_that_is_not_its_only_reader_is_left_alone(kind, reader, x):
+    model = inject_opened(kind(reader), placement="conv3x3")
+    (reason,) = find_standard_form(model).kept.values()
+    assert "is no affine layer, and a factor does not pass through it" in reason
+    assert_same_network(model, standardize(model, strict=False), x)
+
+
 class Twice(Net):
     """The last layer is used elsewhere too."""
 

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from se_inject.block import SqueezeExcite as SqueezeExcite
     from se_inject.ejection import eject as eject
     from se_inject.errors import SEInjectError as SEInjectError
+    from se_inject.groups import freeze_backbone as freeze_backbone
+    from se_inject.groups import param_groups as param_groups
     from se_inject.plan import Plan as Plan
     from se_inject.plan import Site as Site
     from se_inject.planner import make_plan as make_plan
@@ -28,9 +30,11 @@ _HOMES = {
     "SqueezeExcite": "block",
     "blocks": "rewrite",
     "eject": "ejection",
+    "freeze_backbone": "groups",
     "inject": "rewrite",
     "load": "artifact",
     "make_plan": "planner",
+    "param_groups": "groups",
     "save": "artifact",
     "standardize": "standard",
 }

@@ -35,6 +35,9 @@ Pretrained = Annotated[bool, typer.Option("--pretrained/--no-pretrained", help="
 NumClasses = Annotated[
     int | None, typer.Option("--num-classes", metavar="N", help="Replace the classifier by one for N classes.")
 ]
+InChans = Annotated[
+    int | None, typer.Option("--in-chans", metavar="N", help="Input channels, where they are not the network's own.")
+]
 TrustSource = Annotated[bool, typer.Option("--trust-source", help="Import the factory that a file of ours names.")]
 Ratios = Annotated[
     list[str] | None,
@@ -84,6 +87,26 @@ Include = Annotated[
     list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")
 ]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these paths.")]
+DataName = Annotated[
+    str,
+    typer.Option(
+        "--data",
+        metavar="DIR",
+        help="A folder with train/ and val/, or with a folder a class (which is split); or a name of timm's with its "
+        "root: torch/cifar10:ROOT, hfds/USER/NAME, wds/:ROOT.",
+    ),
+]
+TrainSplit = Annotated[str, typer.Option("--train-split", metavar="NAME", help="Of data that are no folder.")]
+ValSplit = Annotated[str, typer.Option("--val-split", metavar="NAME", help="Likewise.")]
+Download = Annotated[bool, typer.Option("--download", help="Let timm fetch data that are missing.")]
+InputSize = Annotated[
+    int | None,
+    typer.Option("--input-size", metavar="N", help="Height and width of images; the network's own."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, ...; auto is CUDA if there is one.")]
+MaxBad = Annotated[
+    int, typer.Option("--max-bad", metavar="N", help="How many images that cannot be read are skipped, by name.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -127,6 +150,7 @@ def open_model(
     weights: Weights = None,
     pretrained: Pretrained = True,
     num_classes: NumClasses = None,
+    in_chans: InChans = None,
     trust_source: TrustSource = False,
 ) -> Opened:
     """Open the network that is named, with its source."""
@@ -137,17 +161,28 @@ def open_model(
     from se_inject.sources import open_network
 
     if Path(model).suffix in SUFFIXES and Path(model).is_file():
-        if weights is not None or num_classes is not None:
+        if any(option is not None for option in (weights, num_classes, in_chans)):
             raise OptionError(
-                f"{model} holds its own weights and classifier; --weights and --num-classes go with a model name"
+                f"{model} holds its own weights; --weights, --num-classes and --in-chans go with a model name"
             )
         network = load(model, trust_source=trust_source)
         source = get_source(network)
     else:
-        opened = open_network(model, pretrained=pretrained, weights=weights, num_classes=num_classes)
+        opened = open_network(model, pretrained=pretrained, weights=weights, num_classes=num_classes, in_chans=in_chans)
         network, source = opened.model, opened.source
     console.talk(f"{source or model}, weights: {source.weights if source else model}")
     return network, source
+
+
+def name_data(
+    *,
+    data: DataName,
+    train_split: TrainSplit = "train",
+    val_split: ValSplit = "validation",
+    download: Download = False,
+) -> dict[str, Any]:
+    """Read where the images are, as `open_data` takes it."""
+    return {"name": data, "download": download, "options": {"train_split": train_split, "val_split": val_split}}
 
 
 def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -17,7 +17,19 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from se_inject import __version__, console
-from se_inject.arguments import AsJson, ModelName, Opened, TrustSource, open_model, read_options, takes
+from se_inject.arguments import (
+    AsJson,
+    Device,
+    InputSize,
+    MaxBad,
+    ModelName,
+    Opened,
+    TrustSource,
+    name_data,
+    open_model,
+    read_options,
+    takes,
+)
 from se_inject.errors import OptionError, SEInjectError
 
 if TYPE_CHECKING:
@@ -117,6 +129,100 @@ def run_plan(
         console.print_json({**_describe_source(source), **console.describe_plan(plan, before, after)})
     else:
         console.print_plan(plan, before, after)
+
+
+@app.command("finetune")
+@takes(open_model=open_model, name_data=name_data, read_options=read_options)
+def run_finetune(
+    open_model: Callable[[], Opened],
+    name_data: Callable[[], dict[str, Any]],
+    *,
+    recipe: Annotated[
+        str,
+        typer.Option("--recipe", metavar="NAME|FILE", help="One of ours (short, se_only, ...), or a .yaml file."),
+    ] = "short",
+    epochs: Annotated[float | None, typer.Option("--epochs", metavar="N", help="Short for --set epochs=N.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe. Repeatable.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the tuned network.")] = Path(
+        "tuned.pt"
+    ),
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FOLDER", help="For checkpoints, logs, results; runs/NAME of --out."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")] = False,
+    control: Annotated[
+        bool, typer.Option("--compare", help="Train the network without blocks beside it, on the same budget.")
+    ] = False,
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat with N seeds.")] = 1,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the steps with torch.compile.")] = False,
+    input_size: InputSize = None,
+    max_bad: MaxBad = 0,
+    device: Device = "auto",
+    read_options: Callable[[], dict[str, Any]],
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a network on your images; a network without blocks is injected first."""
+    from se_inject.finetune import Request, finetune
+    from se_inject.recipe import read_recipe
+    from se_inject.world import join_world
+
+    overrides = [*(settings or ()), *([] if epochs is None else [f"epochs={epochs}"])]
+    request = Request(
+        recipe=read_recipe(recipe, overrides),
+        data=name_data(),
+        options=read_options(),
+        out=out,
+        folder=run or Path("runs") / out.stem,
+        has_control=control,
+        num_seeds=seeds,
+        input_size=input_size,
+        max_bad=max_bad,
+        compiled=compiled,
+        resume=resume,
+    )
+    with join_world(device) as world:
+        tuned = finetune(open_model, request, world, console.make_progress() if world.is_main else None)
+        if world.is_main and as_json:
+            console.print_json(tuned.to_values())
+        elif world.is_main:
+            console.print_tuned(tuned)
+
+
+@app.command("evaluate")
+@takes(open_model=open_model, name_data=name_data)
+def run_evaluate(
+    open_model: Callable[[], Opened],
+    name_data: Callable[[], dict[str, Any]],
+    *,
+    batch_size: Annotated[int, typer.Option("--batch-size", metavar="N", help="Images at once.")] = 64,
+    workers: Annotated[int, typer.Option("--workers", metavar="N", help="Processes that read images.")] = 2,
+    input_size: InputSize = None,
+    max_bad: MaxBad = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well a network classifies: top-1, top-5, by class, and which classes it takes for which."""
+    from se_inject.finetune import score_network
+    from se_inject.world import join_world
+
+    with join_world(device) as world:
+        scores, names = score_network(
+            open_model,
+            name_data(),
+            world,
+            batch_size=batch_size,
+            workers=workers,
+            input_size=input_size,
+            max_bad=max_bad,
+            progress=console.make_progress() if world.is_main else None,
+        )
+        if world.is_main and as_json:
+            console.print_json({**scores.to_values(), "unreadable": names})
+        elif world.is_main:
+            console.print_scores(scores, names)
 
 
 @app.command("predict")

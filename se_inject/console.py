@@ -18,13 +18,19 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from se_inject.costs import Costs
+    from se_inject.finetune import Tuned
     from se_inject.images import Prediction
     from se_inject.plan import Plan
+    from se_inject.scores import Scores
 
 _WIDTH_OF_PIPES = 140
 _COLUMNS = ("block", "kind", "merge", "branch", "channels", "hidden", "parameters")
 _GAP = 2
+_NUM_CLASSES = 20
+"""Classes that are shown to a person."""
 # A pipe has no width of its own; rich would take 80 columns, in which long paths do not fit.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
 stdout = Console(highlight=False, width=_width)
@@ -149,3 +155,60 @@ def print_predictions(predictions: Mapping[str, Sequence[Prediction]]) -> None:
         for item in classes:
             table.add_row(str(item.index), escape(item.name), f"{item.probability:.4f}")
         stdout.print(table)
+
+
+def make_progress() -> Progress:
+    """Make the progress display, on stderr."""
+    from se_inject.runlog import make_progress
+
+    return make_progress(stderr)
+
+
+def print_tuned(tuned: Tuned) -> None:
+    """Print what a fine-tune ended with: a row a run, the difference to the control, and what it means."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "seed", "top-1 before", "after", "change", "parameters", "time", "images/s"):
+        table.add_column(name, justify="right" if name else "left")
+    for result in tuned.results:
+        table.add_row(
+            {"se": "with SE", "control": "control, without"}[result.arm],
+            str(result.seed),
+            f"{result.before:.2f} %",
+            f"{result.top1:.2f} %",
+            f"{result.top1 - result.before:+.2f}",
+            f"{result.parameters:,}",
+            f"{result.seconds:,.0f} s",
+            f"{result.images_per_second:,.0f}",
+        )
+    stdout.print(table)
+    if tuned.difference is not None:
+        stdout.print(escape(f"{tuned.difference}"))
+    for note in tuned.notes:
+        talk(note)
+    stdout.out(f"{tuned.out}: the tuned network; {tuned.folder}: checkpoints, metrics and curves")
+
+
+def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
+    """Print scores: top-1 and top-5, the worst classes, and what is taken for what."""
+    stdout.out(
+        f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}, {scores.num_images:,} images"
+    )
+    counts = scores.confusion.sum(1).tolist()
+    table = Table(box=box.SIMPLE_HEAD, title="by class, the worst first", title_justify="left")
+    for name in ("class", "images", "top-1", "taken for"):
+        table.add_column(name, justify="right" if name in ("images", "top-1") else "left")
+    names = list(scores.list_per_class().items())
+    order = sorted(range(len(names)), key=lambda i: (names[i][1] is None, names[i][1] or 0.0))
+    for i in order[:_NUM_CLASSES]:
+        name, top1 = names[i]
+        wrong = scores.confusion[i].clone()
+        wrong[i] = 0
+        others = ", ".join(
+            f"{names[j][0]} {int(wrong[j])}" for j in wrong.argsort(descending=True)[:3].tolist() if wrong[j]
+        )
+        table.add_row(escape(name), str(counts[i]), "-" if top1 is None else f"{top1:.2f} %", escape(others))
+    stdout.print(table)
+    if len(order) > _NUM_CLASSES:
+        talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
+    if unreadable:
+        talk(f"{len(unreadable)} images could not be read and are not counted: {', '.join(unreadable[:5])}")

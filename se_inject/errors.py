@@ -55,3 +55,15 @@ class ExportError(SEInjectError, ValueError):
 
 class TraceError(SEInjectError, RuntimeError):
     """A forward could not be followed; the message is the reason that the plan shows."""
+
+
+class RecipeError(SEInjectError, ValueError):
+    """A recipe has unknown keys or bad values; the message lists all of them."""
+
+
+class DataError(SEInjectError, ValueError):
+    """Images and classes are not what a network can be trained on, or cannot be read."""
+
+
+class TrainingError(SEInjectError, RuntimeError):
+    """A training run cannot go on; the message says where it stopped and what is kept."""

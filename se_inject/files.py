@@ -23,6 +23,8 @@ from se_inject.errors import ArtifactError
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pt", ".pth", SAFETENSORS)
+STATE_SUFFIXES = (*SUFFIXES, ".th", ".bin", ".ckpt", ".tar")
+"""Of other people's state dicts; all but the third are what torch writes."""
 _METADATA_KEY = "se_inject"
 
 
@@ -73,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str
         write_whole(path, lambda file: torch.save({**values, "state_dict": dict(tensors)}, file))
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any]:
     """Read a file of tensors as a dict; nothing in it is executed.
 
     A `.safetensors` file gives its tensors under "state_dict", and beside them the plain values that `write_tensors`
@@ -82,7 +84,7 @@ def read_values(path: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: There is no such file, it is cut short, holds code, or is of another kind.
     """
-    check_suffix(path)
+    check_suffix(path, suffixes)
     if not path.is_file():
         raise ArtifactError(f"there is no file {path}")
     try:
@@ -116,7 +118,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     Raises:
         ArtifactError: The file cannot be read, or holds no state dict.
     """
-    values: Any = read_values(path)
+    values: Any = read_values(path, STATE_SUFFIXES)
     for key in ("state_dict", "model", "model_state_dict"):
         if isinstance(values.get(key), dict):
             values = values[key]

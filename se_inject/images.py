@@ -54,7 +54,7 @@ def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[
     from timm.data import create_transform
 
     if library is None:
-        size = _read_size(plan)
+        size = read_size(plan)
         mean, std = (_MEAN, _STD) if size[0] == len(_MEAN) else ((sum(_MEAN) / 3,), (sum(_STD) / 3,))
         preprocess = {"input_size": size, "mean": mean, "std": std, "crop_pct": 1.0}
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in preprocess.items()}
@@ -117,7 +117,8 @@ def get_class_names(num_classes: int) -> Callable[[int], str]:
     return lambda index: str(info.index_to_description(index)).partition(",")[0]
 
 
-def _read_size(plan: Plan | None) -> tuple[int, int, int]:
+def read_size(plan: Plan | None) -> tuple[int, int, int]:
+    """Read (C, H, W) of the input that a plan was made with; ImageNet's if it was none."""
     call: Mapping[str, Any] = plan.calls.get(Entry("").key, {}) if plan is not None else {}
     first = next(iter(call.get("args", [])), None)
     shape = first.get("tensor", []) if isinstance(first, Mapping) else []

@@ -78,7 +78,12 @@ class Network:
 
 
 def open_network(
-    name: str, *, pretrained: bool = True, weights: Path | None = None, num_classes: int | None = None
+    name: str,
+    *,
+    pretrained: bool = True,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
 ) -> Network:
     """Build the network that a name means, with weights.
 
@@ -89,16 +94,19 @@ def open_network(
         pretrained: Fetch the library's default weights; a factory's network comes as it is.
         weights: A state dict to load instead.
         num_classes: Replace the classifier by one for so many classes.
+        in_chans: Channels of the input, where it is not the network's own; for timm's networks and factories.
 
     Raises:
-        SourceError: There is no such network, its weights cannot be fetched, or they do not fit.
+        SourceError: There is no such network, it cannot have so many channels, or its weights cannot be fetched or
+            do not fit.
         ArtifactError: The weights' file cannot be read.
     """
     if num_classes is not None and num_classes < 1:
         raise SourceError(f"--num-classes is {num_classes}; it must be at least 1")
     library, short = resolve_name(name)
     open_it = {"timm": _open_timm, "torchvision": _open_torchvision, "factory": _open_factory}[library]
-    network = open_it(short, pretrained and weights is None, num_classes)
+    given = {"num_classes": num_classes, "in_chans": in_chans}
+    network = open_it(short, pretrained and weights is None, {k: v for k, v in given.items() if v is not None})
     if weights is not None:
         load_weights(network.model, read_state_dict(weights), str(weights), num_classes)
         network = Network(network.model, replace(network.source, weights=str(weights)))
@@ -163,6 +171,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num
         SourceError: Names or shapes differ; the message shows the first ones.
     """
     own = model.state_dict()
+    # Batch norms count their batches since torch 0.4.1; older files do not have it, and torch reads them all the same.
+    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked") and key not in state}
+    state = {**state, **counters}
     other = [key for key in state if key in own and own[key].shape != state[key].shape]
     if num_classes is not None:
         other = [key for key in other if own[key].shape[:1] != (num_classes,)]
@@ -182,10 +193,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num
     model.load_state_dict(state)
 
 
-def _open_timm(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
+def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> Network:  # noqa: FBT001
     import timm
 
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     model = _fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
     config = getattr(model, "pretrained_cfg", None) or {}
     weights = name if ":" in name else config.get("hf_hub_id") or config.get("url") or name
@@ -212,11 +222,13 @@ def _read_timm_preprocess(model: nn.Module) -> dict[str, Any]:
     return {"library": "timm", **{key: list(v) if isinstance(v, tuple) else v for key, v in config.items()}}
 
 
-def _open_torchvision(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: FBT001
+def _open_torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Network:  # noqa: FBT001
     import torchvision
 
+    if "in_chans" in options:
+        raise SourceError(f"torchvision:{name} takes three channels; --in-chans goes with networks of timm")
+    num_classes = options.get("num_classes")
     weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None
-    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     if weights is None:
         model = _build_torchvision(name, options)
         return Network(model, Source("torchvision", name, {**options, **_read_torchvision_options(model)}))
@@ -261,12 +273,33 @@ def _read_torchvision_preprocess(weights: Any) -> dict[str, Any]:
     return {"library": "torchvision", **sizes, **statistics, "interpolation": preset.interpolation.value}
 
 
-def _open_factory(name: str, pretrained: bool, num_classes: int | None) -> Network:  # noqa: ARG001, FBT001
-    options = {} if num_classes is None else {"num_classes": num_classes}
+def _open_factory(name: str, pretrained: bool, options: dict[str, Any]) -> Network:  # noqa: ARG001, FBT001
     return Network(_call_factory(name, options), Source("factory", name, options, weights="as the factory made them"))
 
 
+def takes_num_classes(source: Source) -> bool:
+    """Tell whether a source can be built with another number of classes; a factory needs a parameter for it."""
+    if source.library != "factory":
+        return True
+    factory = _find_factory(source.name)
+    if isinstance(factory, nn.Module):
+        return False
+    parameters = inspect.signature(factory).parameters.values()
+    return any(p.name == "num_classes" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
 def _call_factory(name: str, options: dict[str, Any]) -> nn.Module:
+    factory = _find_factory(name)
+    try:
+        model = factory if isinstance(factory, nn.Module) else factory(**options)
+    except Exception as error:
+        raise SourceError(f"{name}({_format_options(options)}) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{name} gave a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _find_factory(name: str) -> Any:
     module_name, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -282,13 +315,7 @@ def _call_factory(name: str, options: dict[str, Any]) -> nn.Module:
         raise SourceError(
             f"{module_name} has no {attribute!r}" + (f"; the nearest are {', '.join(near)}" if near else "")
         )
-    try:
-        model = factory if isinstance(factory, nn.Module) else factory(**options)
-    except Exception as error:
-        raise SourceError(f"{name}({_format_options(options)}) failed: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise SourceError(f"{name} gave a {type(model).__name__}; expected a torch.nn.Module")
-    return model
+    return factory
 
 
 def _format_options(options: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from tests.equality import tensors_of
 from tests.oracle import MergeOracle
 from tests.zoo_networks import SEED, CheapInit, build, enliven, list_networks, make_source, propose_inputs
 
-MIN_CONVOLUTIONS = 3  # the stem and two more are not enough
+MIN_CONVOLUTIONS = 3
 MAX_SAVED = 150_000_000
 MAX_AT_ONCE = 300_000_000
 
@@ -125,7 +125,7 @@ def _examine(row, lock):
     model = build(row.name, init)
     row.parameters = sum(p.numel() for p in model.parameters())
     layers = sum(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
-    if layers <= MIN_CONVOLUTIONS:
+    if layers < MIN_CONVOLUTIONS:
         row.status = "no CNN"
         return
     with lock if row.parameters > MAX_AT_ONCE else contextlib.nullcontext():
@@ -166,7 +166,7 @@ def _run_original(row, model):
         break
     else:
         raise RuntimeError(f"it runs on none of the inputs: {errors}")
-    if oracle.convolutions <= MIN_CONVOLUTIONS:
+    if oracle.convolutions < MIN_CONVOLUTIONS:
         return None
     row.how, row.convolutions = inputs.how, oracle.convolutions
     row.merges, row.sequence_merges = oracle.count, sum(oracle.sequences.values())

@@ -15,11 +15,11 @@ STATUSES = ("injected", "nothing to inject", "turned away", "exception", "no CNN
 ATTENTION = "already carries channel attention"
 
 _INTRODUCTION = """\
-Every network of timm and torchvision that runs three or more convolutions on feature maps after its stem, with random
-weights. `make zoo` makes this file."""
+Every network of timm and torchvision that runs three or more convolutions on feature maps, with random weights.
+`make zoo` makes this file."""
 _LEGEND = """\
 Merges are those of maps (4 or 5 dimensions) and, after the plus, additions of tokens, as tests/oracle.py counted them
-at run time; gated and passed over are the plan's. `how` is what the network was run on; the plan was made at its own
+at run time; gated and passed over are the plan's, the letters are those of the reasons above. `how` is what the network was run on; the plan was made at its own
 size. Eval and train: outputs equal to the bit, in train mode with the same seed, buffers and random state too.
 Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
 
@@ -27,7 +27,7 @@ Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
 def write_report(rows, path, *, only, jobs, seconds):
     """Write rows and totals to `path` (JSON) and beside it (Markdown)."""
     rows = sorted(rows, key=lambda row: row.name)
-    setting = describe_setting(only, jobs, seconds)
+    setting = describe_setting(rows, only, jobs, seconds)
     totals = count_totals(rows)
     path.write_text(
         json.dumps({"setting": setting, "totals": totals, "rows": list(map(asdict, rows))}, indent=1) + "\n"
@@ -35,7 +35,7 @@ def write_report(rows, path, *, only, jobs, seconds):
     path.with_suffix(".md").write_text(write_markdown(setting, totals, rows))
 
 
-def describe_setting(only, jobs, seconds):
+def describe_setting(rows, only, jobs, seconds):
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
@@ -48,6 +48,7 @@ def describe_setting(only, jobs, seconds):
         **{name: version(name) for name in ("torch", "timm", "torchvision")},
         "seed": SEED,
         "seconds": round(seconds),
+        "seconds of all networks": round(sum(row.seconds for row in rows)),
     }
 
 
@@ -85,13 +86,14 @@ def write_markdown(setting, totals, rows):
     reasons = Counter()
     for row in rows:
         reasons.update(row.passed)
+    letters = {reason: _count_in_letters(i) for i, (reason, _) in enumerate(reasons.most_common())}
     parts = [
         "# The zoo",
         _INTRODUCTION,
         _write_table(("setting", ""), setting.items()),
         _write_table(("total", ""), [(key, value) for key, value in totals.items() if not isinstance(value, dict)]),
         "## Merges that were passed over, by reason",
-        _write_table(("reason", "merges"), reasons.most_common()),
+        _write_table(("", "reason", "merges"), [(letters[key], key, num) for key, num in reasons.most_common()]),
         "## Merges of maps whose owner could not be traced",
         _write_table(("reason", "merges"), totals["not traced, by reason"].items()),
         "## Networks",
@@ -111,7 +113,7 @@ def write_markdown(setting, totals, rows):
                 "how",
                 "s",
             ),
-            map(_write_row, (row for row in rows if row.status != "no CNN")),
+            [_write_row(row, letters) for row in rows if row.status != "no CNN"],
         ),
     ]
     failed = [
@@ -124,14 +126,20 @@ def write_markdown(setting, totals, rows):
     return "\n\n".join(parts) + "\n"
 
 
-def _write_row(row):
+def _count_in_letters(index):
+    """a to z, then aa, ab and so on."""
+    rest, letter = divmod(index, 26)
+    return (_count_in_letters(rest - 1) if rest else "") + chr(ord("a") + letter)
+
+
+def _write_row(row, letters):
     has_attention = any(ATTENTION in reason for reason in row.passed)
     outcome = row.status + (" (has channel attention)" if has_attention else "")
     merges = f"{row.merges} + {row.sequence_merges}" if row.sequence_merges else row.merges
     marks = [
         {None: "-", True: "yes", False: "NO"}[x] for x in (row.equal_eval, row.equal_train, row.gradients, row.saved)
     ]
-    passed = sum(row.passed.values())
+    passed = ", ".join(f"{num} {letters[reason]}" for reason, num in row.passed.items()) or 0
     return (row.name, outcome, merges, row.gated, passed, row.sites, *marks, row.how, row.seconds)
 
 

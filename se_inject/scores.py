@@ -1,0 +1,169 @@
+"""Scores: how well a network classifies the images of a set.
+
+Takes a network and batches, gives `Scores`: top-1, top-5, accuracy by class and the confusion matrix, over all
+processes together with each image counted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from se_inject.errors import DataError, OptionError, SEInjectError
+from se_inject.loaders import EvalLoader
+from se_inject.twin import set_training
+from se_inject.world import World
+
+_TOP = 5
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a network classifies.
+
+    Attributes:
+        confusion: Counts (classes, classes): row is the image's class, column the network's answer.
+        num_top5: Images whose class is among the five most probable answers.
+        loss: Mean cross-entropy.
+        hits: Whether each image was classified right, (images,), in the order of the set; 2 where there was none to
+            classify (unreadable, or without label). None for a stream, whose order is not fixed.
+        classes: Names of the classes, if known.
+    """
+
+    confusion: Tensor
+    num_top5: int
+    loss: float
+    hits: Tensor | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """How many images were classified."""
+        return int(self.confusion.sum())
+
+    @property
+    def top1(self) -> float:
+        """Accuracy in per cent."""
+        return 100 * int(self.confusion.diagonal().sum()) / max(1, self.num_images)
+
+    @property
+    def top5(self) -> float:
+        """Images whose class is among the five most probable answers, in per cent."""
+        return 100 * self.num_top5 / max(1, self.num_images)
+
+    def list_per_class(self) -> dict[str, float | None]:
+        """List the accuracy of each class in per cent; None for one without images."""
+        counts = self.confusion.sum(1).tolist()
+        right = self.confusion.diagonal().tolist()
+        names = self.classes or tuple(str(i) for i in range(len(counts)))
+        return {name: 100 * hit / num if num else None for name, hit, num in zip(names, right, counts, strict=True)}
+
+    def to_values(self) -> dict[str, Any]:
+        """Turn into plain values."""
+        return {
+            "num_images": self.num_images,
+            "loss": self.loss,
+            "top1": self.top1,
+            "top5": self.top5,
+            "per_class": self.list_per_class(),
+            "confusion": self.confusion.tolist(),
+        }
+
+
+def evaluate(
+    model: nn.Module,
+    loader: EvalLoader,
+    world: World,
+    *,
+    num_classes: int,
+    classes: tuple[str, ...] | None = None,
+    teacher: nn.Module | None = None,
+    compute: Callable[[], Any] | None = None,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Scores:
+    """Classify the images of a set, each once.
+
+    Args:
+        model: Is put into eval mode for the time, and on the world's device.
+        loader: The images.
+        world: The processes among which they are shared.
+        num_classes: Outputs of the network.
+        classes: Their names.
+        teacher: Gives the labels, where the images have none.
+        compute: Makes the context in which the network runs, such as autocast.
+        on_batch: Is called with the number of images of each batch that is done.
+
+    Raises:
+        DataError: Labels are beyond the outputs, or more images than allowed cannot be read.
+        OptionError: The batch does not fit into memory; the message says which to try.
+    """
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, top-5
+    hits = None if loader.bad is None else torch.full((loader.num_images,), 0, dtype=torch.int64, device=world.device)
+    place = world.rank
+    with set_training(model, False), torch.no_grad(), quote_memory("batch_size", loader.batch_size):
+        for images, labels in loader:
+            with compute() if compute else torch.no_grad():
+                outputs = _check_outputs(model(images), num_classes)
+                targets = labels if teacher is None else teacher(images).argmax(1)
+            num = len(images)
+            if hits is not None:
+                places = torch.arange(place, place + num * world.size, world.size, device=world.device)
+                hits[places] = torch.where(targets < 0, 2, (outputs.argmax(1) == targets).long())
+                place += num * world.size
+            outputs, targets = outputs[targets >= 0].float(), targets[targets >= 0]
+            if len(targets) and int(targets.max()) >= num_classes:
+                raise DataError(f"an image has the label {int(targets.max())}, the network has {num_classes} classes")
+            _count(confusion, sums, outputs, targets)
+            on_batch(num)
+    if loader.bad is not None:
+        loader.bad.check()
+    world.add_up(confusion)
+    world.add_up(sums)
+    if hits is not None:
+        world.add_up(hits)
+    num = max(1, int(confusion.sum()))
+    return Scores(confusion.cpu(), int(sums[1]), float(sums[0]) / num, None if hits is None else hits.cpu(), classes)
+
+
+def _count(confusion: Tensor, sums: Tensor, outputs: Tensor, targets: Tensor) -> None:
+    num_classes = len(confusion)
+    answers = outputs.topk(min(_TOP, num_classes), 1).indices
+    pairs = targets * num_classes + answers[:, 0]
+    confusion += torch.bincount(pairs, minlength=num_classes**2).view_as(confusion)
+    sums[0] += F.cross_entropy(outputs, targets, reduction="sum").double()
+    sums[1] += (answers == targets[:, None]).any(1).sum()
+
+
+def _check_outputs(outputs: object, num_classes: int) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.ndim != 2:
+        shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(f"the network gives {shape}; expected scores (N, classes), it must be a classifier")
+    if outputs.shape[1] != num_classes:
+        raise DataError(f"the network gives {outputs.shape[1]} scores for {num_classes} classes")
+    return outputs
+
+
+class quote_memory:  # noqa: N801  a context manager
+    """Turn running out of memory into one line that says which batch size to try."""
+
+    def __init__(self, key: str, batch_size: int) -> None:
+        self._key, self._batch_size = key, batch_size
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
+        is_memory = isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, SEInjectError)
+        text = str(error).lower()
+        if is_memory and (isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)):
+            half = max(1, self._batch_size // 2)
+            raise OptionError(
+                f"out of memory with {self._key} {self._batch_size}; try --set {self._key}={half}"
+            ) from error

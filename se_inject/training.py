@@ -1,0 +1,445 @@
+"""Training: run a recipe on a network, from its start or from a checkpoint.
+
+Takes a network, batches and a recipe, changes the network's weights and gives the `Outcome`. First the blocks learn on
+a frozen backbone, then everything learns along a cosine. Every random draw is a function of the seed and the step, so
+that a run that was interrupted ends, on one CPU process, with the same bits as one that was not. timm has the losses,
+optimizers, schedules, mixup and the moving average.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.task import ClassificationTask
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from se_inject.errors import TrainingError
+from se_inject.groups import freeze_batch_norm, iterate_batch_norms, param_groups
+from se_inject.loaders import EvalLoader, TrainLoader, seed_all
+from se_inject.recipe import Recipe
+from se_inject.rewrite import blocks, copy_model
+from se_inject.runlog import RunLog
+from se_inject.scores import Scores, evaluate, quote_memory
+from se_inject.world import World
+
+_CHECK_EVERY = 10
+"""Steps between looks at the loss, which make a GPU wait."""
+StageName = Literal["gates", "all"]
+Keep = Callable[[nn.Module, str], None]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps in which the same parameters learn.
+
+    Attributes:
+        name: "gates" if the blocks alone learn, with a classifier that was replaced; "all" otherwise.
+        first: Its first step.
+        last: The step after its last one.
+    """
+
+    name: StageName
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network and what it is to be trained on.
+
+    Attributes:
+        model: On the world's device; its weights are changed.
+        train: The training images.
+        val: The validation images.
+        recipe: How.
+        world: With whom.
+        num_classes: The network's outputs.
+        classes: Names of the classes, if known.
+        teacher: The network whose outputs are learned from (`distill`), or that labels validation images without any.
+        is_labelled: Whether the validation images have labels.
+        fresh: Names of parameters that start from random values.
+        compiled: Whether the steps are compiled by torch.
+        settings: What tells this run from others.
+    """
+
+    model: nn.Module
+    train: TrainLoader
+    val: EvalLoader
+    recipe: Recipe
+    world: World
+    num_classes: int
+    classes: tuple[str, ...] | None = None
+    teacher: nn.Module | None = None
+    is_labelled: bool = True
+    fresh: frozenset[str] = frozenset()
+    compiled: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_steps(self) -> int:
+        """How many steps the recipe has."""
+        return max(1, round(self.recipe.epochs * self.train.num_steps))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with.
+
+    Attributes:
+        model: The network whose scores are given: the moving average, or the trained one without it.
+        scores: Of the validation images, at the end.
+        history: The validations, as plain values; the first one is from before the first step.
+        seconds: Time of the steps, without validation; of this process, since it was started.
+        images_per_second: Over these.
+    """
+
+    model: nn.Module
+    scores: Scores
+    history: list[dict[str, Any]]
+    seconds: float
+    images_per_second: float
+
+
+class InterruptedTrainingError(TrainingError):
+    """The run was asked to stop, and has written where it stands."""
+
+
+def list_stages(recipe: Recipe, num_steps: int, *, has_blocks: bool) -> list[Stage]:
+    """List the stages of a recipe; a network without blocks learns as a whole for all of the steps."""
+    if not has_blocks:
+        return [Stage("all", 0, num_steps)]
+    if recipe.train == "gates":
+        return [Stage("gates", 0, num_steps)]
+    border = min(num_steps, round(recipe.gates_share * num_steps))
+    stages = [Stage("gates", 0, border), Stage("all", border, num_steps)]
+    return [stage for stage in stages if stage.first < stage.last]
+
+
+def train(job: Job, folder: Path, log: RunLog, keep: Keep, *, resume: bool = False) -> Outcome:
+    """Train a network.
+
+    Args:
+        job: What is to be done.
+        folder: For checkpoints; exists.
+        log: Is told what happens.
+        keep: Writes the network under a name: "last" after each epoch, "best" where it is the best so far.
+        resume: Go on from the checkpoint in the folder, if there is one.
+
+    Raises:
+        TrainingError: The loss is no number, the checkpoint is of another run, or the run was interrupted (a signal;
+            the checkpoint is written).
+        DataError: Images or labels are bad.
+        OptionError: The batch does not fit into memory.
+        ArtifactError: A checkpoint cannot be written or read.
+    """
+    return _Run(job, folder, log, keep).run(resume=resume)
+
+
+class _Run:
+    """A run under way: the network, its average, and the step that is next."""
+
+    def __init__(self, job: Job, folder: Path, log: RunLog, keep: Keep) -> None:
+        self.job, self.folder, self.log, self.keep = job, folder, log, keep
+        recipe, world = job.recipe, job.world
+        self.model = job.model
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.ema = ModelEmaV3(self.model, decay=recipe.ema, use_warmup=True) if recipe.ema else None
+        self.step = 0
+        self.history: list[dict[str, Any]] = []
+        self.scores: Scores | None = None
+        self.optimizer_state: Mapping[str, Any] = {}
+        self.seconds = 0.0
+        self.num_done = 0
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
+        self._saved_at = time.monotonic()
+        self._mix = Mixup(
+            recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=job.num_classes
+        ) if recipe.mixup or recipe.cutmix else None  # fmt: skip
+        self._erase = RandomErasing(recipe.erase, mode="pixel", device=str(world.device)) if recipe.erase else None
+
+    def run(self, *, resume: bool) -> Outcome:
+        found = read_checkpoint(self.folder, self.job.settings) if resume else None
+        self.log.begin(self.job.num_steps, found.step if found else 0)
+        if found is not None:
+            self._restore(found)
+        if not self.history:
+            self._note(self._validate())
+        stages = list_stages(self.job.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
+        with _Signals() as signals:
+            for stage in stages:
+                if self.step < stage.last:
+                    self._run_stage(stage, signals)
+        assert self.scores is not None
+        return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
+
+    def _run_stage(self, stage: Stage, signals: _Signals) -> None:
+        job, recipe = self.job, self.job.recipe
+        is_frozen = _set_learning(self.model, stage, job.fresh, recipe)
+        task = make_task(job)
+        if job.compiled:
+            task.compile()
+        if job.world.size > 1:
+            ids = [job.world.device.index] if job.world.is_cuda else None
+            task.prepare_distributed(device_ids=ids)
+        optimizer = make_optimizer(self.model, recipe, stage.name, job.fresh)
+        scheduler = _make_scheduler(optimizer, recipe, stage.last - stage.first)
+        if self.optimizer_state:
+            optimizer.load_state_dict(dict(self.optimizer_state))
+            self.optimizer_state = {}
+        while self.step < stage.last:
+            epoch, first = divmod(self.step, job.train.num_steps)
+            for images, labels in job.train.iterate(epoch, first):
+                self.model.train()
+                if is_frozen:
+                    freeze_batch_norm(self.model)
+                scheduler.step_update(self.step - stage.first + 1)  # at 0 the rates are zero
+                start = time.perf_counter()
+                loss = self._take_step(task, optimizer, images, labels)
+                self.seconds += time.perf_counter() - start
+                self._look(stage, loss, optimizer, signals)
+                if self.step == stage.last:
+                    break
+            self._end_epoch(stage, optimizer)
+
+    def _take_step(
+        self, task: ClassificationTask, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
+    ) -> Tensor:
+        recipe, world = self.job.recipe, self.job.world
+        seed_all(recipe.seed, self.step, world.rank)
+        if recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        if self._erase is not None:
+            images = self._erase(images)
+        if self._mix is not None:
+            even = len(images) // 2 * 2  # timm mixes pairs
+            images, labels = self._mix(images[:even], labels[:even].clamp_min(0))
+        with quote_memory("batch_size", recipe.batch_size):
+            with autocast(recipe, world):
+                loss: Tensor = task(images, labels)["loss"]
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            if recipe.clip:
+                nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.grad is not None), recipe.clip)
+            optimizer.step()
+        loss = loss.detach()
+        is_first_bad = ~loss.isfinite() & (self._bad_step < 0)
+        self._bad_step = torch.where(is_first_bad, self.step, self._bad_step)
+        self.step += 1
+        self.num_done += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
+        return loss
+
+    def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: _Signals) -> None:
+        """Show where the run is; stop if the loss is no number, or if somebody asked to."""
+        job = self.job
+        is_due = self.step % _CHECK_EVERY == 0 or self.step == stage.last
+        is_alone = job.world.size == 1
+        if is_due or (is_alone and not job.world.is_cuda):
+            self._check_loss()
+        self.log.advance()
+        if is_due:
+            rates = {str(group["name"]): float(group["lr"]) for group in optimizer.param_groups}
+            epoch = self.step / job.train.num_steps
+            self.log.note_step(
+                self.step, epoch=epoch, stage=stage.name, loss=loss.item(), rates=rates,
+                images_per_second=self._compute_rate(),
+            )  # fmt: skip
+            if job.train.bad is not None:
+                job.train.bad.check()
+        asked = signals.is_asked
+        if not is_alone and is_due:  # all of them stop at the same step
+            asked = bool(job.world.add_up(torch.tensor(int(asked), device=job.world.device)))
+        if asked and (is_alone or is_due):
+            self._save(stage, optimizer)
+            raise InterruptedTrainingError(
+                f"stopped after step {self.step} of {job.num_steps}; the same command with --resume goes on"
+            )
+        # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are.
+        if is_due and is_alone and time.monotonic() - self._saved_at > 60 * job.recipe.checkpoint_minutes:
+            self._save(stage, optimizer)
+
+    def _compute_rate(self) -> float:
+        return self.num_done * self.job.recipe.batch_size / self.seconds if self.seconds else 0.0
+
+    def _check_loss(self) -> None:
+        """Refuse to go on with a loss that is no number; what is on disk is from before."""
+        bad = self.job.world.add_up((self._bad_step >= 0).long())
+        if int(bad):
+            raise TrainingError(
+                f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
+                f"good checkpoint is kept in {self.folder}; try lower rates (--set lr={self.job.recipe.lr / 10:g} --set "
+                f"se_lr={self.job.recipe.se_lr / 10:g}) or --set clip=1"
+            )
+
+    def _end_epoch(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        self._check_loss()
+        is_end = self.step == self.job.num_steps
+        if not is_end and self.step % self.job.train.num_steps:
+            return  # a stage ended within an epoch
+        self._note(self._validate())
+        self._save(stage, optimizer)
+
+    def _validate(self) -> Scores:
+        job = self.job
+        self.log.begin_validation(job.val.num_batches)
+        return evaluate(
+            self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
+            teacher=None if job.is_labelled else job.teacher, compute=lambda: autocast(job.recipe, job.world),
+            on_batch=lambda _: self.log.advance_validation(),
+        )  # fmt: skip
+
+    def _note(self, scores: Scores) -> None:
+        epoch = self.step / self.job.train.num_steps
+        values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+        is_best = not self.history or scores.top1 > max(item["top1"] for item in self.history)
+        self.history.append(values)
+        self.scores = scores
+        self.log.note_validation(values)
+        if self.job.world.is_main and self.step:
+            for name in ("last", *(["best"] if is_best else [])):
+                self.keep(self._get_result(), name)
+
+    def _get_result(self) -> nn.Module:
+        """Return the network that is evaluated; the average of no step yet is the network itself."""
+        return self.model if self.ema is None or not self.step else self.ema.module
+
+    def _save(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        is_over = self.step == stage.last  # the next stage begins with an optimizer of its own
+        if self.job.world.is_main:
+            write_checkpoint(self.folder, Checkpoint(
+                self.step, self.model.state_dict(), None if self.ema is None else self.ema.module.state_dict(),
+                {} if is_over else optimizer.state_dict(), self.job.settings, self.history,
+            ))  # fmt: skip
+        self.job.world.wait()
+        self._saved_at = time.monotonic()
+
+    def _restore(self, found: Checkpoint) -> None:
+        self.model.load_state_dict(dict(found.model))
+        if self.ema is not None and found.ema is not None:
+            self.ema.module.load_state_dict(dict(found.ema))
+        self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
+        if self.step == self.job.num_steps:  # it is over
+            self.scores = self._validate()
+
+
+class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
+    """timm's classification task with a teacher: the original network, whose outputs are learned from.
+
+    The loss is `(1 - weight) * loss(labels) + weight * T^2 * KL(teacher / T || student / T)`; Hinton et al., arXiv
+    1503.02531, section 2. timm's own task for it takes timm's networks alone.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
+        super().__init__(model, criterion, verbose=False)
+        self.weight, self.temperature = recipe.distill, recipe.temperature
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
+        """Give the loss and the outputs (N, classes) of images (N, C, H, W)."""
+        output = self.trainable_module(input)
+        if isinstance(output, tuple):  # torchvision's GoogLeNet and Inception have auxiliary outputs in train mode
+            output = output[0]
+        loss = output.new_zeros(())
+        if self.weight < 1:
+            loss = (1 - self.weight) * self.criterion(output, target)
+        if self.weight:
+            (teacher,) = self._teacher
+            assert teacher is not None
+            with torch.no_grad():
+                expected = teacher(input) / self.temperature
+            student = F.log_softmax(output / self.temperature, 1)
+            distance = F.kl_div(student, F.log_softmax(expected, 1), reduction="batchmean", log_target=True)
+            loss = loss + self.weight * self.temperature**2 * distance
+        return {"loss": loss, "output": output}
+
+
+def make_task(job: Job) -> ClassificationTask:
+    """Make timm's task of a job: the network with its loss."""
+    recipe = job.recipe
+    mixes = bool(recipe.mixup or recipe.cutmix)
+    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
+    return DistillationTask(job.model, job.teacher, recipe, criterion)
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, stage: StageName, fresh: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a stage, over what learns in it."""
+    se_lr = recipe.gates_lr if stage == "gates" else recipe.se_lr
+    groups = param_groups(
+        model, lr=recipe.lr, se_lr=se_lr, weight_decay=recipe.weight_decay, fresh=fresh, fresh_lr=recipe.head_lr
+    )
+    return create_optimizer_v2(  # type: ignore[no-any-return]  # timm's
+        groups, recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
+    )
+
+
+def autocast(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
+    """Make the context in which the network runs: bf16 or plain."""
+    is_mixed = recipe.precision == "bf16" or (recipe.precision == "auto" and world.is_cuda)
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_mixed)
+
+
+def make_teacher(model: nn.Module) -> nn.Module:
+    """Copy a network as it is, to be learned from."""
+    return copy_model(model).eval().requires_grad_(False)
+
+
+def _set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe: Recipe) -> bool:
+    """Say which parameters learn in a stage; tells whether batch norms keep their statistics."""
+    inside = tuple(f"{path}." for path in blocks(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(stage.name == "all" or name in fresh or (bool(inside) and name.startswith(inside)))
+    if recipe.batch_norm == "frozen":
+        for norm in iterate_batch_norms(model):
+            norm.requires_grad_(False)
+    return stage.name == "gates" or recipe.batch_norm == "frozen"
+
+
+def _make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int) -> CosineLRScheduler:
+    warmup = min(num_steps - 1, round(recipe.warmup_share * num_steps))
+    return CosineLRScheduler(
+        optimizer, max(2, num_steps), lr_min=recipe.min_lr_share * recipe.lr, warmup_t=warmup, warmup_lr_init=0.0,
+        t_in_epochs=False, warmup_prefix=False,
+    )  # fmt: skip
+
+
+class _Signals:
+    """Take Ctrl-C and a request to end as a wish, to be fulfilled between two steps; the second Ctrl-C is at once."""
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def _ask(self, number: int, _: object) -> None:
+        if self.is_asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.is_asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,77 @@
+"""The world: the processes that train together, and the device of this one.
+
+Takes what torchrun (or SLURM) has set in the environment, gives a `World`. timm sets the processes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from timm.utils.distributed import init_distributed_device_so
+from torch import Tensor
+from torch import distributed as dist
+
+from se_inject.errors import OptionError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together.
+
+    Attributes:
+        device: Of this process.
+        rank: Number of this process, from 0.
+        size: How many there are.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that talks and writes."""
+        return self.rank == 0
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+    def add_up(self, tensor: Tensor) -> Tensor:
+        """Add a tensor up over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def join_world(device: str = "auto") -> Iterator[World]:
+    """Join the processes that were started together, for as long as the context lasts.
+
+    Args:
+        device: "cpu", "cuda" or another name of torch; "auto" is CUDA where there is one.
+
+    Raises:
+        OptionError: There is no such device.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        line = str(error).splitlines()[0]
+        raise OptionError(f"device is {device!r}, which cannot be used here: {line}") from error
+    found = init_distributed_device_so(name)
+    try:
+        yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    finally:
+        if found["distributed"]:
+            dist.destroy_process_group()

@@ -285,7 +285,8 @@ def main():
             print(json.dumps(asdict(row)), file=file, flush=True)
             mark = "" if row.holds() else f"  !! {row.unaccounted[:2]} {row.error.strip().splitlines()[-1:]}"
             print(f"{len(rows):5} {row.seconds:6.1f} s  {row.status:18} {row.name}{mark}", flush=True)
-    write_report(rows, options.out, only=options.only, jobs=options.jobs, seconds=time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    write_report(rows, options.out, only=options.only, jobs=options.jobs, seconds=seconds, num_kept=len(done))
 
 
 if __name__ == "__main__":

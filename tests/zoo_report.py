@@ -24,10 +24,12 @@ size. Eval and train: outputs equal to the bit, in train mode with the same seed
 Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
 
 
-def write_report(rows, path, *, only, jobs, seconds):
+def write_report(rows, path, *, only, jobs, seconds, num_kept=0):
     """Write rows and totals to `path` (JSON) and beside it (Markdown)."""
     rows = sorted(rows, key=lambda row: row.name)
     setting = describe_setting(rows, only, jobs, seconds)
+    if num_kept:
+        setting["resumed"] = f"{num_kept} rows are of an earlier run"
     totals = count_totals(rows)
     path.write_text(
         json.dumps({"setting": setting, "totals": totals, "rows": list(map(asdict, rows))}, indent=1) + "\n"

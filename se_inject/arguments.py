@@ -43,6 +43,7 @@ Ratios = Annotated[
     list[str] | None,
     typer.Option(
         "--r",
+        "--reduction-ratio",  # torchrun's parser takes --r for one of its own
         metavar="R|PATTERN=R",
         help="Reduction ratio for all blocks (16), or for some: 'layer4.*=32'. Repeatable.",
     ),

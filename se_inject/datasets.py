@@ -6,7 +6,10 @@ names of the classes. timm reads; what is ours is the split of a single folder a
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +19,18 @@ from typing import Any
 
 import torch
 from timm.data import create_dataset
-from timm.data.readers import get_img_extensions
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from se_inject.errors import DataError
 from se_inject.files import write_whole
 
-TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "eval", "test")
+TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "eval", "test", "testing")
 VAL_SHARE = 0.2
 """The part of a single folder's images that validates."""
 SPLIT_FILE = "split.json"
 _PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+_WITH_ROOT = ("torch/", "wds/")
 
 
 @dataclass(frozen=True)
@@ -99,22 +103,30 @@ def open_data(
     if not root.is_dir():
         known = ", ".join(prefix + "..." for prefix in _PREFIXES)
         raise DataError(f"there is no folder {name}; expected a folder of images, or a name of timm's: {known}")
-    train, val = (next((root / n for n in names if (root / n).is_dir()), None) for names in (TRAIN, VAL))
+    train, val = _find_part(root, TRAIN), _find_part(root, VAL)
+    if (train is None) != (val is None) and not (is_evaluation and val is not None):
+        found, other = (train, VAL[0]) if train is not None else (val, TRAIN[0])
+        assert found is not None
+        raise DataError(f"{root} has {found.name}/ and no {other}/; expected both, or folders of classes alone")
     if is_evaluation:
         images = _open_folder(val or root, mode)
+        _check_labels(val or root, images)
         return _check(Data(None, images, _list_classes(images), _count_classes(images), str(val or root)))
-    if train is None and val is not None:
-        raise DataError(f"{root} has {val.name}/ and no train/; expected both, or folders of classes alone")
-    if train is not None and val is None:
-        raise DataError(f"{root} has train/ and no val/; expected both, or folders of classes alone")
-    if train is None:
+    if train is None or val is None:
         return _check(_split_folder(root, mode, seed, may_be_unlabelled=may_be_unlabelled))
-    assert val is not None
-    images, other = _open_folder(train, mode), _open_folder(val, mode)
-    if not _has_labels(images) and may_be_unlabelled:
-        return Data(images, other, _list_classes(other), _count_classes(other), name)
-    _compare_classes(train, images, val, other)
-    return _check(Data(images, other, _list_classes(images), _count_classes(images), name))
+    images, other_images = _open_folder(train, mode), _open_folder(val, mode)
+    if not may_be_unlabelled:
+        _check_labels(train, images)
+        _check_labels(val, other_images)
+    if _has_labels(images) and _has_labels(other_images):
+        _compare_classes(train, images, val, other_images)
+    return _check(Data(images, other_images, _list_classes(other_images), _count_classes(other_images), name))
+
+
+def _find_part(root: Path, names: Sequence[str]) -> Path | None:
+    """Find the folder of training or validation images, written as its owner likes."""
+    folders = {f.name.lower(): f for f in sorted(root.iterdir(), reverse=True) if f.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
 
 
 def write_split(data: Data, folder: Path) -> None:
@@ -129,15 +141,14 @@ def write_split(data: Data, folder: Path) -> None:
 
 
 def count_images(images: Dataset[Any]) -> int:
-    """Count the images of a set; a stream that does not say is an error.
+    """Count the images of a set, of a stream those of all processes; one that does not say is an error.
 
     Raises:
         DataError: The stream does not say how many there are.
     """
-    try:
-        num = len(images)  # type: ignore[arg-type]
-    except TypeError:
-        num = 0
+    if not isinstance(images, IterableDataset):
+        return len(images)  # type: ignore[arg-type]
+    num = int(getattr(getattr(images, "reader", None), "num_samples", None) or 0)
     if not num:
         raise DataError(
             "the stream does not say how many images it has; add |N to its split, as in 'train-{0..9}.tar|N'"
@@ -145,12 +156,21 @@ def count_images(images: Dataset[Any]) -> int:
     return num
 
 
+def copy_stream(images: IterableDataset[Any]) -> Any:
+    """Copy a stream of timm's that has not been read: one that was read once takes no other number of workers."""
+    copied = copy.copy(images)
+    vars(copied)["reader"] = copy.copy(vars(images)["reader"])
+    return copied
+
+
 def get_name(images: Dataset[Any], index: int) -> str:
     """Return the path of an image where it has one, or else its number."""
     if isinstance(images, Subset):
         return get_name(images.dataset, images.indices[index])
-    reader = getattr(images, "reader", None)
-    return f"image {index}" if reader is None else str(reader.filename(index, absolute=True))
+    reader, samples = getattr(images, "reader", None), getattr(images, "samples", None)
+    if reader is not None:
+        return str(reader.filename(index, absolute=True))
+    return str(samples[index][0]) if isinstance(samples, list) else f"image {index}"
 
 
 def list_targets(images: Dataset[Any]) -> list[int] | None:
@@ -161,8 +181,8 @@ def list_targets(images: Dataset[Any]) -> list[int] | None:
     samples = getattr(getattr(images, "reader", None), "samples", None)
     if isinstance(samples, list):
         return [target for _, target in samples]
-    targets = getattr(images, "targets", None)
-    return None if targets is None else [int(t) for t in targets]
+    labels = torch.as_tensor(getattr(images, "targets", ()))
+    return [int(label) for label in labels] if len(labels) and labels.ndim == 1 else None
 
 
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
@@ -170,57 +190,98 @@ def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
         images: Dataset[Any] = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
     except RuntimeError as error:
         raise DataError(f"{folder} holds no images: {str(error).splitlines()[0]}") from error
-    known, suffixes = set(_list_classes(images) or ()), get_img_extensions(as_set=True)
-    folders = [f for f in sorted(folder.iterdir()) if f.is_dir() and f.name not in known and f.name[0] != "."]
-    empty = [f.name for f in folders if not any(p.suffix.lower() in suffixes for p in f.rglob("*"))]
-    if empty:
-        raise DataError(f"{len(empty)} classes of {folder} have no image: {_shorten(empty)}; fill or remove them")
+    _sort_into_classes(folder, images)
     return images
+
+
+def _sort_into_classes(folder: Path, images: Dataset[Any]) -> None:
+    """Make the folders in `folder` the classes; timm takes the innermost ones, the hidden ones of tools among them."""
+    reader = images.reader  # type: ignore[attr-defined]  # timm's own
+    found = [(file, Path(file).relative_to(folder).parts) for file, _ in reader.samples]
+    found = [(file, parts) for file, parts in found if not any(part.startswith(".") for part in parts)]
+    if not found:
+        raise DataError(f"{folder} holds no images")
+    stray, deep = ([file for file, parts in found if is_wrong(len(parts))] for is_wrong in ((1).__eq__, (2).__lt__))
+    folders = sorted(f.name for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if deep:
+        raise DataError(
+            f"{_count(deep, 'image')} in folders within the folders of {folder}: {_shorten(deep, 2)}; "
+            f"expected {folder}/CLASS/IMAGE"
+        )
+    if stray and folders:
+        raise DataError(
+            f"{_count(stray, 'image')} in {folder} beside the folders of classes: {_shorten(stray, 2)}; "
+            f"expected {folder}/CLASS/IMAGE"
+        )
+    full = {parts[0] for _, parts in found}
+    empty = [name for name in folders if name not in full]
+    if empty:
+        raise DataError(f"{_count(empty, 'class')} without images in {folder}: {_shorten(empty)}; fill or remove")
+    names = sorted(full, key=natural_key) if folders else [""]
+    indices = {name: i for i, name in enumerate(names)}
+    reader.samples = [(file, indices[parts[0]] if folders else -1) for file, parts in found]
+    reader.class_to_idx = indices
 
 
 def _open_named(
     name: str, mode: str, seed: int, *, is_evaluation: bool, download: bool, options: dict[str, Any]
 ) -> Data:
     library, _, root = name.partition(":")
+    if not root and library.lower().startswith(_WITH_ROOT):
+        raise DataError(f"{name} does not say where the images are; expected {library}:ROOT")
     options = dict(options)
     splits = {"train": options.pop("train_split", "train"), "val": options.pop("val_split", "validation")}
-    opened = {}
+    opened: dict[str, Dataset[Any]] = {}
     for part, split in splits.items():
         if part == "train" and is_evaluation:
             continue
-        given = {"input_img_mode": mode} if not library.lower().startswith("torch/") else {}
-        try:
-            opened[part] = create_dataset(
-                library, root=root or None, split=split, is_training=part == "train", seed=seed, download=download,
-                **given, **options,
-            )  # fmt: skip
-        except ImportError as error:
-            raise DataError(f"{name} needs a package that is not installed: {error}; pip install it") from error
-        except (RuntimeError, OSError, ValueError, AssertionError, TypeError, KeyError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(f"{name} cannot be opened, split {split}: {line}") from error
+        opened[part] = _create(
+            name, split, {**options, "is_training": part == "train", "seed": seed, "download": download}, mode
+        )
     val = opened["val"]
-    classes = _list_classes(val)
-    targets = list_targets(val)
-    num = len(classes) if classes else 1 + max(targets) if targets else options.get("num_classes", 0)
+    classes, targets = _list_classes(val), list_targets(val)
+    num = len(classes) if classes else 1 + max(targets) if targets else 0
     if not num:
         num = _count_streamed(val)
     return _check(Data(opened.get("train"), val, classes, num, name))
 
 
+def _create(name: str, split: str, options: dict[str, Any], mode: str) -> Dataset[Any]:
+    library, _, root = name.partition(":")
+    if not library.lower().startswith("torch/"):
+        options = {**options, "input_img_mode": mode}
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints what is not installed
+            images: Dataset[Any] = create_dataset(library, root=root or None, split=split, **options)
+    except ImportError as error:
+        raise DataError(f"{name} needs a package that is not installed: {error}; pip install it") from error
+    except (RuntimeError, OSError, ValueError, AssertionError, TypeError, KeyError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name} cannot be opened, split {split}: {line}") from error
+    reader = getattr(images, "reader", None)
+    if isinstance(images, IterableDataset) and not options.get("is_training"):
+        # Shared among processes, timm would repeat some images: one of the processes reads them all (`EvalLoader`).
+        vars(reader).update(dist_rank=0, dist_num_replicas=1)
+    return images
+
+
 def _count_streamed(images: Dataset[Any]) -> int:
     """Count the classes of a set that does not list them, by going through its labels once."""
-    targets = (item[1] for item in images) if isinstance(images, IterableDataset) else (
-        images[i][1] for i in range(count_images(images))
-    )  # fmt: skip
+    reader: Any = getattr(images, "reader", None)
+    if isinstance(images, IterableDataset):
+        targets = (item[1] for item in copy_stream(images))
+    elif hasattr(reader, "iter_targets"):
+        targets = reader.iter_targets()
+    else:
+        targets = (images[i][1] for i in range(count_images(images)))
     return 1 + max((int(target) for target in targets), default=-1)
 
 
 def _split_folder(root: Path, mode: str, seed: int, *, may_be_unlabelled: bool) -> Data:
     """Split a folder class by class, so that each class has its part on both sides."""
     images = _open_folder(root, mode)
-    if not _has_labels(images) and not may_be_unlabelled:
-        raise DataError(f"the images of {root} lie in no folders of classes; expected {root}/CLASS/IMAGE")
+    if not may_be_unlabelled:
+        _check_labels(root, images)
     targets = list_targets(images)
     assert targets is not None
     generator = torch.Generator().manual_seed(seed)
@@ -234,20 +295,24 @@ def _split_folder(root: Path, mode: str, seed: int, *, may_be_unlabelled: bool) 
     val = sorted(chosen)
     if not val:
         raise DataError(f"{root} has one image a class, which leaves none to validate on; give train/ and val/")
-    classes = _list_classes(images) if _has_labels(images) else None
-    num_classes = _count_classes(images) if _has_labels(images) else 0
-    return Data(Subset(images, train), Subset(images, val), classes, num_classes, str(root), (train, val))
+    parts = Subset(images, train), Subset(images, val)
+    return Data(*parts, _list_classes(images), _count_classes(images), str(root), (train, val))
 
 
 def _check(data: Data) -> Data:
     """Refuse one class, and classes without images."""
     if data.num_classes == 1:
-        found = f" ({data.classes[0] or 'no folder'})" if data.classes else ""
+        found = f" ({data.classes[0]})" if data.classes else ""
         raise DataError(f"{data.origin} has one class{found}; expected at least two, each a folder of images")
-    counts = Counter(list_targets(data.train) or ()) if data.train is not None else None
+    counts = Counter(label for label in list_targets(data.train) or () if label >= 0) if data.train else None
     if counts and data.classes and (empty := [name for i, name in enumerate(data.classes) if not counts[i]]):
         raise DataError(f"{len(empty)} of {data.num_classes} classes have no training image: {_shorten(empty)}")
     return data
+
+
+def _check_labels(folder: Path, images: Dataset[Any]) -> None:
+    if not _has_labels(images):
+        raise DataError(f"the images of {folder} lie in no folders of classes; expected {folder}/CLASS/IMAGE")
 
 
 def _compare_classes(train: Path, images: Dataset[Any], val: Path, other: Dataset[Any]) -> None:
@@ -259,19 +324,22 @@ def _compare_classes(train: Path, images: Dataset[Any], val: Path, other: Datase
 
 
 def _has_labels(images: Dataset[Any]) -> bool:
-    return _list_classes(images) != ("",)
+    return _count_classes(images) > 0
 
 
 def _list_classes(images: Dataset[Any]) -> tuple[str, ...] | None:
-    indices = getattr(getattr(images, "reader", None), "class_to_idx", None) or getattr(images, "class_to_idx", None)
-    if not indices:
+    """List the names of classes; torchvision's sets can have several for a class, timm's reader none at all."""
+    classes = getattr(images, "classes", None)
+    if classes:
+        return tuple(name if isinstance(name, str) else ", ".join(name) for name in classes)
+    indices = getattr(getattr(images, "reader", None), "class_to_idx", None)
+    if not indices or set(indices) == {""}:
         return None
     return tuple(sorted(indices, key=indices.__getitem__))
 
 
 def _count_classes(images: Dataset[Any]) -> int:
-    classes = _list_classes(images)
-    return len(classes) if classes and classes != ("",) else 0
+    return len(_list_classes(images) or ())
 
 
 def _list_names(images: Dataset[Any]) -> list[str]:
@@ -286,3 +354,9 @@ def _list_names(images: Dataset[Any]) -> list[str]:
 
 def _shorten(names: Sequence[str], num: int = 5) -> str:
     return ", ".join(names[:num]) + (", ..." if len(names) > num else "")
+
+
+def _count(things: Sequence[str], noun: str) -> str:
+    """Count things in words: "1 image is", "2 images are"."""
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"1 {noun} is" if len(things) == 1 else f"{len(things)} {plural} are"

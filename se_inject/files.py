@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -94,8 +95,9 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
             return {**values, "state_dict": safetensors.torch.load_file(path)}
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        line = str(error).splitlines()[0]
-        raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {line}") from error
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it names {found[1]}" if found else "or it is no file of torch's"
+        raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {what}") from error
     except (
         RuntimeError,
         EOFError,

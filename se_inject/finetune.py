@@ -26,9 +26,10 @@ from se_inject.datasets import Data, open_data, write_split
 from se_inject.ejection import eject
 from se_inject.errors import DataError, OptionError, SourceError
 from se_inject.files import check_target, write_tensors, write_whole
-from se_inject.heads import count_outputs, replace_head
+from se_inject.formats import InputFormat, read_format
+from se_inject.heads import count_channels, count_outputs, replace_head
 from se_inject.images import read_size
-from se_inject.loaders import EvalLoader, InputFormat, TrainLoader, read_format
+from se_inject.loaders import EvalLoader, TrainLoader, seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks, copy_model, find_plan, get_plan, inject
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
@@ -169,6 +170,7 @@ def finetune(
         raise OptionError(f"--seeds is {request.num_seeds}; it must be at least 1")
     _check_folder(request.folder, resume=request.resume)
     data = open_data(**request.data, seed=recipe.seed, may_be_unlabelled=recipe.distill == 1)
+    seed_all(recipe.seed)  # the blocks, a fresh classifier, and what a factory draws
     model, source = open_model()
     start = prepare_start(model, source, data.num_classes, options=request.options, input_size=request.input_size)
     if start.form.mode != "RGB":
@@ -227,9 +229,7 @@ def score_network(
         raise OptionError(f"--batch-size is {batch_size}; it must be at least 1")
     opened = open_data(**data, is_evaluation=True)
     model, source = open_model()
-    preprocess = dict(source.preprocess) if source is not None else {}
-    size = read_size(find_plan(model))
-    form = read_format(preprocess, size, input_size=input_size, in_chans=(preprocess.get("input_size") or size)[0])
+    form = _read_model_format(model, source, input_size)
     if form.mode != "RGB":
         opened = open_data(**data, is_evaluation=True, mode=form.mode)
     model = model.to(world.device)
@@ -254,7 +254,6 @@ def prepare_start(
     *,
     options: Mapping[str, Any],
     input_size: int | None = None,
-    in_chans: int | None = None,
 ) -> Start:
     """Inject where that has not been done, and fit the classifier to the data.
 
@@ -264,26 +263,25 @@ def prepare_start(
         num_classes: Classes of the data; 0 keeps the classifier.
         options: Of `inject`.
         input_size: Height and width of the images; by default the network's own.
-        in_chans: Channels that the network was built for, where that was said.
 
     Raises:
         DataError: The network is no classifier, or its classifier cannot be replaced.
         SourceError: The artifact could not be built again with another number of classes.
         EmptyPlanError: The network has no place for a block.
     """
-    preprocess = dict(source.preprocess) if source is not None else {}
     if find_plan(model) is None:
-        example = None
-        if input_size is not None:
-            channels = in_chans or len(preprocess.get("mean") or (0, 0, 0))
-            example = torch.zeros(2, channels, input_size, input_size)
+        example = None if input_size is None else torch.zeros(2, count_channels(model), input_size, input_size)
         model = inject(model, inplace=True, example=example, **options)
-    size = read_size(get_plan(model))
-    form = read_format(preprocess, size, input_size=input_size, in_chans=size[0])
+    form = _read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)
     fresh: frozenset[str] = frozenset()
     if num_classes and num_outputs != num_classes:
         fresh = replace_head(model, num_outputs, num_classes)
+        if (found := count_outputs(model, form.size)) != num_classes:
+            raise DataError(
+                f"{type(model).__name__} gives {found} scores after its last layer was replaced; give it a classifier "
+                f"of {num_classes} classes first"
+            )
         if source is not None and not takes_num_classes(source):
             raise SourceError(
                 f"{source.name} makes {num_outputs} classes and the data has {num_classes}; give the factory a "
@@ -294,6 +292,11 @@ def prepare_start(
     if source is not None:
         source = replace(source, preprocess=form.to_preprocess())
     return Start(model, source, form, num_classes or num_outputs, fresh)
+
+
+def _read_model_format(model: nn.Module, source: Source | None, input_size: int | None) -> InputFormat:
+    preprocess = source.preprocess if source is not None else {}
+    return read_format(preprocess, read_size(find_plan(model)), input_size=input_size, in_chans=count_channels(model))
 
 
 def run_experiment(
@@ -434,5 +437,5 @@ def check_classes(data: Data, num_outputs: int) -> None:
     """
     if data.num_classes != num_outputs:
         raise DataError(
-            f"{data.origin} has {data.num_classes} classes, the network {num_outputs}: its labels would mean others"
+            f"{data.origin} has {data.num_classes} classes and the network {num_outputs}: labels would mean others"
         )

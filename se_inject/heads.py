@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from se_inject.errors import DataError
-from se_inject.twin import get_device, get_dtype, set_training
+from se_inject.rewrite import blocks
+from se_inject.twin import get_device, get_dtype, get_first_line, set_training
 
 
 def count_outputs(model: nn.Module, size: tuple[int, int, int]) -> int:
@@ -28,14 +29,20 @@ def count_outputs(model: nn.Module, size: tuple[int, int, int]) -> int:
     with set_training(model, False), torch.no_grad():
         try:
             outputs = model(zeros)
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-            line = (str(error).splitlines() or [type(error).__name__])[0]
+        except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
+            line = get_first_line(error)
             raise DataError(
                 f"{type(model).__name__} does not run on images {size}: {line}; --input-size and --in-chans say others"
             ) from error
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         raise DataError(f"{type(model).__name__} gives no scores (N, classes); fine-tuning is for classifiers")
     return outputs.shape[1]
+
+
+def count_channels(model: nn.Module) -> int:
+    """Count the channels of the images that a network takes: those of its first convolution; 3 if it has none."""
+    first = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    return 3 if first is None else first.in_channels
 
 
 def replace_head(model: nn.Module, num_outputs: int, num_classes: int) -> frozenset[str]:
@@ -58,14 +65,32 @@ def replace_head(model: nn.Module, num_outputs: int, num_classes: int) -> frozen
     if callable(reset):
         reset(num_classes)
     else:
-        heads = [path for path, layer in model.named_modules() if _get_outputs(layer) == num_outputs]
-        if not heads:
-            raise DataError(f"{type(model).__name__} has no linear layer of {num_outputs} outputs to replace")
-        for path in {heads[-1], *(path for path in heads if "aux" in path)}:
+        for path in _find_heads(model, num_outputs):
             parent, _, name = path.rpartition(".")
             owner = model.get_submodule(parent)
             owner._modules[name] = _make_layer(model.get_submodule(path), num_classes)
-    return frozenset(name for name, parameter in model.named_parameters() if before.get(name) is not parameter)
+    fresh = {name: p for name, p in model.named_parameters() if before.get(name) is not p}
+    old = next(iter(before.values()))
+    for parameter in fresh.values():  # timm makes them on the CPU
+        parameter.data = parameter.data.to(old.device, old.dtype)
+    return frozenset(fresh)
+
+
+def _find_heads(model: nn.Module, num_outputs: int) -> list[str]:
+    """Find the last layer of as many outputs, of the network and of each auxiliary head; blocks have others."""
+    inside = tuple(f"{path}." for path in blocks(model))
+    found = [
+        path
+        for path, layer in model.named_modules()
+        if _get_outputs(layer) == num_outputs and not path.startswith(inside)
+    ]
+    last = {path.partition(".")[0] if "aux" in path.lower() else "": path for path in found}
+    if "" not in last:
+        raise DataError(
+            f"{type(model).__name__} has no linear layer of {num_outputs} outputs to replace; give it the number of "
+            f"classes where it is made"
+        )
+    return list(last.values())
 
 
 def _get_outputs(layer: nn.Module) -> int | None:

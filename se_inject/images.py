@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from se_inject.calls import Entry
 from se_inject.errors import ExampleError, OptionError
+from se_inject.formats import convert_image
 from se_inject.plan import Plan
 from se_inject.sources import Source
 from se_inject.twin import get_device, get_dtype, set_training
@@ -49,7 +50,7 @@ def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[
 
         preprocess["interpolation"] = InterpolationMode(preprocess["interpolation"])
         preset: Callable[[Image.Image], Tensor] = ImageClassification(**preprocess)
-        return lambda image: preset(image.convert("RGB"))
+        return lambda image: preset(convert_image(image, "RGB"))
 
     from timm.data import create_transform
 
@@ -60,7 +61,7 @@ def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in preprocess.items()}
     mode = "L" if options["input_size"][0] == 1 else "RGB"
     transform = create_transform(**options, is_training=False)
-    return lambda image: transform(image.convert(mode))
+    return lambda image: transform(convert_image(image, mode))
 
 
 def predict_image(

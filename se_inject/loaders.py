@@ -9,128 +9,38 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+import struct
+import traceback
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform
+from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
-from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
-from se_inject.datasets import Data, count_images, get_name
+from se_inject.datasets import Data, copy_stream, count_images, get_name
 from se_inject.errors import DataError
+from se_inject.formats import InputFormat, Transform, convert_image, make_eval_transform, make_train_transform
 from se_inject.recipe import Recipe
+from se_inject.twin import get_first_line
 from se_inject.world import World
 
-NO_LABEL = -1
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_UNREADABLE = (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError)
+NO_LABEL, UNREADABLE = -1, -2
+# What Pillow raises for files that are no images, or broken ones.
+_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 _NUM_SHOWN = 5
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Key = tuple[int, int]
 """An epoch and the index of an image."""
-
-
-@dataclass(frozen=True)
-class InputFormat:
-    """What images are turned into for a network.
-
-    Attributes:
-        size: (C, H, W).
-        mean: Of each channel, of values from 0 to 1.
-        std: Likewise.
-        crop_pct: The part of an image's shorter side that validation sees.
-        interpolation: "bilinear" or "bicubic".
-    """
-
-    size: tuple[int, int, int]
-    mean: tuple[float, ...] = _MEAN
-    std: tuple[float, ...] = _STD
-    crop_pct: float = 1.0
-    interpolation: str = "bilinear"
-
-    @property
-    def mode(self) -> str:
-        """Pillow's name for the colours."""
-        return "L" if self.size[0] == 1 else "RGB"
-
-    def to_preprocess(self) -> dict[str, Any]:
-        """Write as a `Source` has it, so that `predict` does the same as validation."""
-        return {
-            "library": "timm",
-            "input_size": list(self.size),
-            "interpolation": self.interpolation,
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "crop_pct": self.crop_pct,
-            "crop_mode": "center",
-        }
-
-
-def read_format(
-    preprocess: Mapping[str, Any], default_size: tuple[int, ...], *, input_size: int | None, in_chans: int
-) -> InputFormat:
-    """Read the format from what a `Source` says; where it says nothing, ImageNet's statistics at the default size."""
-    values = dict(preprocess)
-    if values.get("library") == "torchvision":
-        values["input_size"] = [in_chans, values["crop_size"], values["crop_size"]]
-        values["crop_pct"] = values["crop_size"] / values["resize_size"]
-    size = tuple(values.get("input_size") or default_size)
-    crop_pct = float(values.get("crop_pct") or 1.0)
-    if input_size is not None:
-        size = (in_chans, input_size, input_size)
-        crop_pct = crop_pct if preprocess else 1.0
-    mean, std = (tuple(values.get(key) or default) for key, default in (("mean", _MEAN), ("std", _STD)))
-    if len(mean) != in_chans:
-        mean, std = (tuple([sum(x) / len(x)] * in_chans) for x in (mean, std))
-    interpolation = values.get("interpolation") or "bilinear"
-    return InputFormat((in_chans, *size[-2:]), mean, std, crop_pct, interpolation)
-
-
-def make_train_transform(form: InputFormat, recipe: Recipe) -> Callable[[Image.Image], Any]:
-    """Make the augmentation of a recipe; gives uint8 arrays (C, H, W), which are normalised on the device."""
-    jitter: Any = recipe.color_jitter or None
-    made: transforms.Compose = create_transform(
-        form.size,
-        is_training=True,
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        hflip=recipe.hflip,
-        vflip=recipe.vflip,
-        color_jitter=jitter,
-        auto_augment=recipe.auto_augment or None,
-        interpolation=form.interpolation,
-        mean=form.mean,
-        std=form.std,
-        use_prefetcher=True,
-    )
-    if recipe.crop == "resized":
-        return made
-    size = form.size[1:]
-    first: list[Any] = [transforms.Resize(size, InterpolationMode(form.interpolation))]
-    if recipe.crop == "padded":
-        first.append(transforms.RandomCrop(size, padding=max(size) // 8))
-    return transforms.Compose([*first, *made.transforms[1:]])
-
-
-def make_eval_transform(form: InputFormat) -> Callable[[Image.Image], Any]:
-    """Make the transform of validation: resize, crop the middle."""
-    made: transforms.Compose = create_transform(
-        form.size,
-        crop_pct=form.crop_pct,
-        interpolation=form.interpolation,
-        mean=form.mean,
-        std=form.std,
-        use_prefetcher=True,
-    )
-    return made
 
 
 class BadImages:
@@ -153,18 +63,25 @@ class BadImages:
         """List the paths of what could not be read."""
         return [get_name(self._images, i) for i in self._flags.nonzero().flatten().tolist()]
 
+    def share(self, world: World) -> None:
+        """Tell all processes what each of them has noted; all of them must call it."""
+        if world.size > 1:
+            self._flags |= world.add_up(self._flags.to(world.device, torch.int64)).clamp_max(1).to("cpu", torch.uint8)
+
     def check(self) -> None:
         """Refuse to go on if there are more than the limit.
 
         Raises:
             DataError: There are; the message names the first ones.
         """
-        if int(self._flags.sum()) > self._limit:
+        num = int(self._flags.sum())
+        if num > self._limit:
             names = self.list_names()
-            shown = ", ".join(names[:_NUM_SHOWN]) + (", ..." if len(names) > _NUM_SHOWN else "")
+            shown = ", ".join(names[:_NUM_SHOWN]) + (", ..." if num > _NUM_SHOWN else "")
+            images = "1 image" if num == 1 else f"{num} images"
             raise DataError(
-                f"{len(names)} images cannot be read, at most {self._limit} are skipped: {shown}; "
-                f"mend or remove them, or allow more with --max-bad {len(names)}"
+                f"{images} cannot be read, at most {self._limit} are skipped: {shown}; mend or remove, or allow more "
+                f"with --max-bad {num}"
             )
 
 
@@ -175,7 +92,7 @@ class Images(Dataset[Any]):
     """
 
     def __init__(
-        self, images: Dataset[Any], transform: Callable[[Image.Image], Any], bad: BadImages, mode: str, seed: int,
+        self, images: Dataset[Any], transform: Transform, bad: BadImages, mode: str, seed: int,
         *, is_training: bool, num_classes: int,
     ) -> None:  # fmt: skip
         self._images, self._transform, self._bad, self._mode = images, transform, bad, mode
@@ -190,17 +107,15 @@ class Images(Dataset[Any]):
             place = (index + attempt) % self._size
             try:
                 image, target = _read(self._images, place, self._mode)
-            except _UNREADABLE:
+            except _ERRORS:
                 self._bad.note(place)
                 if self._is_training:
                     continue
-                image, target = Image.new(self._mode, (8, 8)), NO_LABEL
+                image, target = Image.new(self._mode, (8, 8)), UNREADABLE
             if target >= self._num_classes > 0:
-                raise DataError(
-                    f"{get_name(self._images, place)} has the label {target}, the network has {self._num_classes} "
-                    f"classes; --num-classes sets their number"
-                )
+                raise _refuse_label(target, self._num_classes, get_name(self._images, place))
             return self._transform(image), target
+        self._bad.check()
         raise DataError("none of the images can be read")
 
 
@@ -210,11 +125,15 @@ def _read(images: Dataset[Any], index: int, mode: str) -> tuple[Image.Image, int
         return _read(images.dataset, images.indices[index], mode)
     reader = getattr(images, "reader", None)
     if reader is None:
-        image, target = images[index]
-    else:
-        file, target, *_ = reader[index]
-        image = Image.open(file)
-    return image.convert(mode), NO_LABEL if target is None else int(target)
+        image, target, *_ = images[index]
+        return convert_image(image, mode), int(target)
+    file, target, *_ = reader[index]
+    with file, Image.open(file) as image:
+        return convert_image(image, mode), NO_LABEL if target is None else int(target)
+
+
+def _refuse_label(label: int, num_classes: int, name: str) -> DataError:
+    return DataError(f"{name} has the label {label}, the network has {num_classes} classes")
 
 
 def seed_all(*numbers: int) -> None:
@@ -261,36 +180,32 @@ class TrainLoader:
         """
         images = data.train
         assert images is not None
-        num = count_images(images)
+        num, share = count_images(images), recipe.batch_size // world.size
         if num < recipe.batch_size:
+            fitting = max(world.size, num // world.size * world.size)
             raise DataError(
-                f"there are {num} training images, batch_size is {recipe.batch_size}; try --set batch_size={num}"
+                f"there are {num} training images, batch_size is {recipe.batch_size}; try --set batch_size={fitting}"
             )
         if recipe.batch_size % world.size:
-            raise DataError(f"batch_size is {recipe.batch_size}, which {world.size} processes cannot share evenly")
+            raise DataError(
+                f"batch_size is {recipe.batch_size}, which {world.size} processes cannot share evenly; "
+                f"try --set batch_size={share * world.size or world.size}"
+            )
         self.num_steps = num // recipe.batch_size
         self._seed = recipe.seed
-        self._images = images
         transform = make_train_transform(form, recipe)
-        options: dict[str, Any] = {
-            "num_workers": recipe.workers,
-            "collate_fn": fast_collate,
-            "pin_memory": world.is_cuda,
-        }
         self.bad: BadImages | None = None
         self._sampler: _Batches | None = None
         if isinstance(images, IterableDataset):
-            vars(images)["transform"] = transform
-            images.set_loader_cfg(num_workers=recipe.workers)  # type: ignore[attr-defined]  # timm's own
-            options |= {"batch_size": recipe.batch_size // world.size, "drop_last": True}
-            loader: DataLoader[Any] = DataLoader(images, **options)
+            images = _prepare_stream(images, transform, num_classes)
+            loader = _load_stream(images, share, recipe.workers, world)
         else:
             self.bad = BadImages(images, max_bad)
             own = Images(images, transform, self.bad, form.mode, recipe.seed, is_training=True, num_classes=num_classes)
             self._sampler = _Batches(num, recipe.batch_size, recipe.seed, world)
-            options |= {"batch_sampler": self._sampler, "persistent_workers": recipe.workers > 0}
-            loader = DataLoader(own, **options)
-        self._loader = _prefetch(loader, form, world)
+            loader = _load(own, self._sampler, recipe.workers, world)
+        self._images: Any = images
+        self._batches = _prefetch(loader, form, world)
 
     @property
     def is_stream(self) -> bool:
@@ -298,18 +213,25 @@ class TrainLoader:
         return self._sampler is None
 
     def iterate(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Iterate over the batches of an epoch from a step on."""
+        """Iterate over the batches of an epoch from a step on.
+
+        Raises:
+            DataError: Images or labels are bad, or a stream has fewer images than it says.
+        """
         if self._sampler is not None:
             self._sampler.epoch, self._sampler.first = epoch, first
-            yield from self._loader
+            yield from _say_plainly(self._batches)
             return
         seed_all(self._seed, epoch)
-        self._images.set_epoch(epoch)  # type: ignore[attr-defined]  # timm's own
-        for step, batch in enumerate(self._loader):
-            if step >= self.num_steps:
-                return
+        self._images.set_epoch(epoch)
+        step = 0
+        for batch in _say_plainly(self._batches):
             if step >= first:
                 yield batch
+            step += 1
+            if step == self.num_steps:
+                return
+        raise DataError(f"the stream gave {step} batches in an epoch; it says that it has images for {self.num_steps}")
 
 
 class EvalLoader:
@@ -325,31 +247,77 @@ class EvalLoader:
         num_classes: int = 0,
     ) -> None:  # fmt: skip
         transform = make_eval_transform(form)
-        options: dict[str, Any] = {"num_workers": workers, "collate_fn": fast_collate, "pin_memory": world.is_cuda}
         self.num_images = count_images(images)
         self.batch_size = batch_size
         self.bad: BadImages | None = None
         if isinstance(images, IterableDataset):
-            vars(images)["transform"] = transform
-            images.set_loader_cfg(num_workers=workers)  # type: ignore[attr-defined]  # timm's own
-            loader: DataLoader[Any] = DataLoader(images, batch_size=batch_size, **options)
+            images = _prepare_stream(images, transform, num_classes)
+            loader = _load_stream(images, batch_size, workers, world)
         else:
             self.bad = BadImages(images, max_bad)
             own = Images(images, transform, self.bad, form.mode, 0, is_training=False, num_classes=num_classes)
             share = [(0, index) for index in range(world.rank, self.num_images, world.size)]
             batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-            loader = DataLoader(own, batch_sampler=batches, persistent_workers=workers > 0, **options)
-        self.num_batches = math.ceil(self.num_images / world.size / batch_size)
-        self._loader = _prefetch(loader, form, world)
+            loader = _load(own, batches, workers, world)
+        num_sharing = 1 if self.bad is None else world.size
+        self.num_batches = math.ceil(self.num_images / num_sharing / batch_size)
+        self._is_idle = self.bad is None and not world.is_main  # a stream is read by one process, so that none is twice
+        self._batches = _prefetch(loader, form, world)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._loader)
+        return iter(()) if self._is_idle else _say_plainly(self._batches)
+
+
+def _load(images: Images, batches: Iterable[list[Key]], workers: int, world: World) -> DataLoader[Any]:
+    return DataLoader(
+        images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=fast_collate,
+        pin_memory=world.is_cuda,
+    )  # fmt: skip
+
+
+def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_classes: int) -> Any:
+    stream = copy_stream(images)
+    stream.transform, stream.target_transform = transform, partial(_read_label, num_classes=num_classes)
+    return stream
+
+
+def _read_label(target: Any, num_classes: int) -> int:
+    label = NO_LABEL if target is None else int(target)
+    if label >= num_classes > 0:
+        raise _refuse_label(label, num_classes, "an image of the stream")
+    return label
+
+
+def _load_stream(images: Any, batch_size: int, workers: int, world: World) -> DataLoader[Any]:
+    """Load a stream of timm's, by as many workers as it has files for."""
+    reader = images.reader
+    shards = getattr(getattr(reader, "split_info", None), "filenames", None)
+    if shards:
+        workers = min(workers, max(1, len(shards) // reader.dist_num_replicas))
+    reader.batch_size = batch_size  # a worker of a training stream has whole batches
+    images.set_loader_cfg(num_workers=workers)
+    return DataLoader(
+        images, batch_size, num_workers=workers, collate_fn=fast_collate, pin_memory=world.is_cuda,
+        drop_last=reader.is_training,
+    )  # fmt: skip
+
+
+def _say_plainly(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate; an error from a worker, which has the worker's traceback as its message, gets its sentence back."""
+    try:
+        yield from batches
+    except (DataError, RuntimeError) as error:
+        # torch's frames hold the workers and the error itself; collected in such a circle, workers end after seconds.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, DataError):
+            raise DataError(str(error).rstrip().rpartition(f"{DataError.__name__}: ")[2]) from error
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            f"a process that reads images ended ({get_first_line(error)}); it may lack memory, try fewer workers"
+        ) from error
 
 
 def _prefetch(loader: DataLoader[Any], form: InputFormat, world: World) -> Batches:
-    return PrefetchLoader(loader, form.mean, form.std, form.size[0], device=world.device)  # type: ignore[no-any-return]
-
-
-def with_size(form: InputFormat, size: int) -> InputFormat:
-    """Return the format at another size."""
-    return replace(form, size=(form.size[0], size, size))
+    batches: Batches = PrefetchLoader(loader, form.mean, form.std, form.size[0], device=world.device)
+    return batches

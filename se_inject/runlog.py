@@ -7,6 +7,7 @@ Takes what the training says of itself, writes `metrics.jsonl` (a line of JSON e
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,8 @@ from se_inject.files import write_whole
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+_REDRAW = 20.0
+"""Seconds between drawings of the curves, at least."""
 
 
 class RunLog:
@@ -38,6 +41,7 @@ class RunLog:
         self._bar: TaskID | None = None
         self._validation: TaskID | None = None
         self._top1 = ""
+        self._drawn_at = time.monotonic()
         self._loss = ""
 
     def __enter__(self) -> RunLog:
@@ -46,6 +50,7 @@ class RunLog:
     def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
+            self._draw()
         if self._events is not None:
             self._events.close()
         if self._progress is not None and self._bar is not None:
@@ -112,7 +117,12 @@ class RunLog:
         self._write_events(step, {f"val/{key}": float(values[key]) for key in ("val_loss", "top1", "top5")})
         self._top1 = f"  top-1 {values['top1']:.2f} %"
         self._show()
-        if self._folder is not None:
+        if time.monotonic() - self._drawn_at > _REDRAW:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._drawn_at = time.monotonic()
+        if self._folder is not None and any("top1" in line for line in read_metrics(self._folder / METRICS)):
             draw_curves({self._title: read_metrics(self._folder / METRICS)}, self._folder / CURVES)
 
     def _show(self) -> None:

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from se_inject.errors import DataError, OptionError, SEInjectError
-from se_inject.loaders import EvalLoader
+from se_inject.loaders import UNREADABLE, EvalLoader
 from se_inject.twin import set_training
 from se_inject.world import World
 
 _TOP = 5
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     compute: Callable[[], Any] | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
+    memory: quote_memory | None = None,
 ) -> Scores:
     """Classify the images of a set, each once.
 
@@ -98,6 +99,7 @@ def evaluate(
         teacher: Gives the labels, where the images have none.
         compute: Makes the context in which the network runs, such as autocast.
         on_batch: Is called with the number of images of each batch that is done.
+        memory: Says which option sets the batch size; by default it is --batch-size.
 
     Raises:
         DataError: Labels are beyond the outputs, or more images than allowed cannot be read.
@@ -107,11 +109,13 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, top-5
     hits = None if loader.bad is None else torch.full((loader.num_images,), 0, dtype=torch.int64, device=world.device)
     place = world.rank
-    with set_training(model, False), torch.no_grad(), quote_memory("batch_size", loader.batch_size):
+    with set_training(model, False), torch.no_grad(), memory or quote_memory("--batch-size", loader.batch_size):
         for images, labels in loader:
             with compute() if compute else torch.no_grad():
                 outputs = _check_outputs(model(images), num_classes)
-                targets = labels if teacher is None else teacher(images).argmax(1)
+                targets = labels
+                if teacher is not None:
+                    targets = torch.where(labels == UNREADABLE, labels, teacher(images).argmax(1))
             num = len(images)
             if hits is not None:
                 places = torch.arange(place, place + num * world.size, world.size, device=world.device)
@@ -123,6 +127,7 @@ def evaluate(
             _count(confusion, sums, outputs, targets)
             on_batch(num)
     if loader.bad is not None:
+        loader.bad.share(world)
         loader.bad.check()
     world.add_up(confusion)
     world.add_up(sums)
@@ -151,19 +156,31 @@ def _check_outputs(outputs: object, num_classes: int) -> Tensor:
 
 
 class quote_memory:  # noqa: N801  a context manager
-    """Turn running out of memory into one line that says which batch size to try."""
+    """Turn running out of memory into one line that says which batch size to try.
 
-    def __init__(self, key: str, batch_size: int) -> None:
-        self._key, self._batch_size = key, batch_size
+    Args:
+        option: What sets it: an option as in "--batch-size", or else a key of the recipe, as in "batch_size".
+        batch_size: What it is now.
+    """
+
+    def __init__(self, option: str, batch_size: int) -> None:
+        self._option, self._batch_size = option, batch_size
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        is_memory = isinstance(error, (RuntimeError, MemoryError)) and not isinstance(error, SEInjectError)
-        text = str(error).lower()
-        if is_memory and (isinstance(error, MemoryError) or any(sign in text for sign in _OUT_OF_MEMORY)):
-            half = max(1, self._batch_size // 2)
-            raise OptionError(
-                f"out of memory with {self._key} {self._batch_size}; try --set {self._key}={half}"
-            ) from error
+        if error is None or not _is_out_of_memory(error):
+            return
+        name, half = self._option.removeprefix("--"), self._batch_size // 2
+        setting = f"{self._option} {half}" if self._option.startswith("--") else f"--set {name}={half}"
+        if not half:
+            setting = "a smaller --input-size"
+        raise OptionError(f"out of memory with {name} {self._batch_size}; try {setting}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    is_torchs = isinstance(error, RuntimeError) and not isinstance(error, SEInjectError)
+    return is_torchs and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)

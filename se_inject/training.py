@@ -205,18 +205,20 @@ class _Run:
             self.optimizer_state = {}
         while self.step < stage.last:
             epoch, first = divmod(self.step, job.train.num_steps)
-            for images, labels in job.train.iterate(epoch, first):
-                self.model.train()
-                if is_frozen:
-                    freeze_batch_norm(self.model)
-                scheduler.step_update(self.step - stage.first + 1)  # at 0 the rates are zero
-                start = time.perf_counter()
-                loss = self._take_step(task, optimizer, images, labels)
-                self.seconds += time.perf_counter() - start
-                self._look(stage, loss, optimizer, signals)
-                if self.step == stage.last:
-                    break
-            self._end_epoch(stage, optimizer)
+            is_asked = False
+            with quote_memory("batch_size", recipe.batch_size):
+                for images, labels in job.train.iterate(epoch, first):
+                    self.model.train()
+                    if is_frozen:
+                        freeze_batch_norm(self.model)
+                    scheduler.step_update(self.step - stage.first + 1)  # at 0 the rates are zero
+                    start = time.perf_counter()
+                    loss = self._take_step(task, optimizer, images, labels)
+                    self.seconds += time.perf_counter() - start
+                    is_asked = self._look(stage, loss, optimizer, signals)
+                    if is_asked or self.step == stage.last:
+                        break
+            self._pause(stage, optimizer, is_asked=is_asked)
 
     def _take_step(
         self, task: ClassificationTask, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
@@ -230,14 +232,13 @@ class _Run:
         if self._mix is not None:
             even = len(images) // 2 * 2  # timm mixes pairs
             images, labels = self._mix(images[:even], labels[:even].clamp_min(0))
-        with quote_memory("batch_size", recipe.batch_size):
-            with autocast(recipe, world):
-                loss: Tensor = task(images, labels)["loss"]
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            if recipe.clip:
-                nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.grad is not None), recipe.clip)
-            optimizer.step()
+        with autocast(recipe, world):
+            loss: Tensor = task(images, labels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if recipe.clip:
+            nn.utils.clip_grad_norm_((p for p in self.model.parameters() if p.grad is not None), recipe.clip)
+        optimizer.step()
         loss = loss.detach()
         is_first_bad = ~loss.isfinite() & (self._bad_step < 0)
         self._bad_step = torch.where(is_first_bad, self.step, self._bad_step)
@@ -247,34 +248,32 @@ class _Run:
             self.ema.update(self.model, step=self.step)
         return loss
 
-    def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: _Signals) -> None:
-        """Show where the run is; stop if the loss is no number, or if somebody asked to."""
+    def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: _Signals) -> bool:
+        """Show where the run is, and check that it is well; tells whether somebody asked it to stop."""
         job = self.job
         is_due = self.step % _CHECK_EVERY == 0 or self.step == stage.last
         is_alone = job.world.size == 1
         if is_due or (is_alone and not job.world.is_cuda):
             self._check_loss()
         self.log.advance()
-        if is_due:
-            rates = {str(group["name"]): float(group["lr"]) for group in optimizer.param_groups}
-            epoch = self.step / job.train.num_steps
-            self.log.note_step(
-                self.step, epoch=epoch, stage=stage.name, loss=loss.item(), rates=rates,
-                images_per_second=self._compute_rate(),
-            )  # fmt: skip
-            if job.train.bad is not None:
-                job.train.bad.check()
-        asked = signals.is_asked
-        if not is_alone and is_due:  # all of them stop at the same step
-            asked = bool(job.world.add_up(torch.tensor(int(asked), device=job.world.device)))
-        if asked and (is_alone or is_due):
-            self._save(stage, optimizer)
-            raise InterruptedTrainingError(
-                f"stopped after step {self.step} of {job.num_steps}; the same command with --resume goes on"
-            )
+        if not is_due:
+            return is_alone and signals.is_asked
+        self.log.note_step(
+            self.step,
+            epoch=self.step / job.train.num_steps,
+            stage=stage.name,
+            loss=loss.item(),
+            rates={str(group["name"]): float(group["lr"]) for group in optimizer.param_groups},
+            images_per_second=self._compute_rate(),
+        )
+        if job.train.bad is not None:
+            job.train.bad.share(job.world)
+            job.train.bad.check()
         # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are.
-        if is_due and is_alone and time.monotonic() - self._saved_at > 60 * job.recipe.checkpoint_minutes:
+        if is_alone and time.monotonic() - self._saved_at > 60 * job.recipe.checkpoint_minutes:
             self._save(stage, optimizer)
+        asked = torch.tensor(int(signals.is_asked), device=job.world.device)
+        return bool(job.world.add_up(asked))  # all of them stop at the same step
 
     def _compute_rate(self) -> float:
         return self.num_done * self.job.recipe.batch_size / self.seconds if self.seconds else 0.0
@@ -285,17 +284,22 @@ class _Run:
         if int(bad):
             raise TrainingError(
                 f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
-                f"good checkpoint is kept in {self.folder}; try lower rates (--set lr={self.job.recipe.lr / 10:g} --set "
-                f"se_lr={self.job.recipe.se_lr / 10:g}) or --set clip=1"
+                f"good checkpoint is kept in {self.folder}; try --set lr={self.job.recipe.lr / 10:g} --set "
+                f"se_lr={self.job.recipe.se_lr / 10:g}, or --set clip=1"
             )
 
-    def _end_epoch(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+    def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
+        """Validate and save at the end of an epoch; save and stop where that was asked for."""
         self._check_loss()
-        is_end = self.step == self.job.num_steps
-        if not is_end and self.step % self.job.train.num_steps:
-            return  # a stage ended within an epoch
-        self._note(self._validate())
-        self._save(stage, optimizer)
+        is_end = self.step == self.job.num_steps or self.step % self.job.train.num_steps == 0
+        if is_end:
+            self._note(self._validate())
+        if is_end or is_asked:
+            self._save(stage, optimizer)
+        if is_asked:
+            raise InterruptedTrainingError(
+                f"stopped after step {self.step} of {self.job.num_steps}; the same command with --resume goes on"
+            )
 
     def _validate(self) -> Scores:
         job = self.job
@@ -304,12 +308,13 @@ class _Run:
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
             teacher=None if job.is_labelled else job.teacher, compute=lambda: autocast(job.recipe, job.world),
             on_batch=lambda _: self.log.advance_validation(),
+            memory=quote_memory("batch_size", job.recipe.batch_size),
         )  # fmt: skip
 
     def _note(self, scores: Scores) -> None:
         epoch = self.step / self.job.train.num_steps
         values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
-        is_best = not self.history or scores.top1 > max(item["top1"] for item in self.history)
+        is_best = all(scores.top1 > item["top1"] for item in self.history if item["step"])
         self.history.append(values)
         self.scores = scores
         self.log.note_validation(values)

@@ -19,9 +19,9 @@ Every network of timm and torchvision that runs three or more convolutions on fe
 `make zoo` makes this file."""
 _LEGEND = """\
 Merges are those of maps (4 or 5 dimensions) and, after the plus, additions of tokens, as tests/oracle.py counted them
-at run time; gated and passed over are the plan's, the letters are those of the reasons above. `how` is what the network was run on; the plan was made at its own
-size. Eval and train: outputs equal to the bit, in train mode with the same seed, buffers and random state too.
-Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
+at run time; gated and passed over are the plan's, the letters are those of the reasons above. `how` is what the
+network was run on; the plan was made at its own size. Eval and train: outputs equal to the bit, in train mode with the
+same seed, buffers and random state too. Gradient: in every block. Saved: written, read, and equal; `-` is not tried."""
 
 
 def write_report(rows, path, *, only, jobs, seconds, num_kept=0):

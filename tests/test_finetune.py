@@ -1,0 +1,266 @@
+"""`se-inject finetune` and `evaluate`, from the command line, on scikit-learn's digits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Subset
+
+from se_inject import blocks, inject, load, save
+from se_inject.datasets import open_data
+from se_inject.finetune import is_fresh
+from se_inject.runlog import METRICS, read_metrics
+from se_inject.sources import Source
+from tests.digits import DigitNet, write_digits
+from tests.test_cli import failure, run  # noqa: F401
+
+NET = "tests.digits:DigitNet"
+QUICK = "--set batch_size=16 --set crop=none --set hflip=0 --set workers=0 --r 4 --input-size 8".split()
+LAUNCHED = ["--reduction-ratio" if x == "--r" else x for x in QUICK] + ["--device", "cpu"]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Cosine annealing scheduler:UserWarning"),
+    pytest.mark.slow,
+]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), 160)
+
+
+@pytest.fixture
+def artifact(tmp_path):
+    torch.manual_seed(0)
+    model = inject(DigitNet(), r=4, example=torch.zeros(2, 1, 8, 8))
+    save(model, tmp_path / "model.pt", source=None)
+    return tmp_path / "model.pt"
+
+
+def tune(run, data, *args):  # noqa: F811
+    return run("finetune", NET, "--data", data, *QUICK, "--epochs", "1", *args)
+
+
+def test_a_name_is_injected_and_tuned_and_the_file_can_be_read(run, data):  # noqa: F811
+    code, out, err = tune(run, data, "--out", "tuned.pt")
+    assert code == 0, err
+    assert "with SE" in out
+    assert "tuned.pt: the tuned network; runs/tuned: checkpoints, metrics and curves" in out
+    model = load("tuned.pt", trust_source=True)
+    assert blocks(model)
+    assert not is_fresh(model)
+    names = {path.name for path in Path("runs/tuned").iterdir()}
+    assert {"checkpoint.pt", "metrics.jsonl", "curves.png", "result.json", "recipe.json", "last.pt", "best.pt"} <= names
+    code, out, _ = run("evaluate", "tuned.pt", "--trust-source", "--data", data, "--json", "--workers", "0")
+    values = json.loads(out)
+    assert values["top1"] == json.loads(Path("runs/tuned/result.json").read_text())["top1"]
+    assert {"top1", "top5", "per_class", "confusion"} <= set(values)
+    assert sum(map(sum, values["confusion"])) == 40
+    assert list(values["per_class"]) == [str(i) for i in range(10)]
+
+
+def test_the_original_and_the_injected_network_have_the_same_numbers(run, data, tmp_path):  # noqa: F811
+    torch.manual_seed(0)
+    torch.save(DigitNet().state_dict(), "weights.pt")
+    model = DigitNet()
+    model.load_state_dict(torch.load("weights.pt"))
+    save(inject(model, r=4, example=torch.zeros(2, 1, 8, 8)), "model.pt", source=Source("factory", NET))
+    before = json.loads(run("evaluate", NET, "--weights", "weights.pt", *common(data))[1])
+    after = json.loads(run("evaluate", "model.pt", "--trust-source", *common(data))[1])
+    assert before == after
+
+
+def common(data):
+    return ["--data", data, "--json", "--workers", "0", "--input-size", "8"]
+
+
+def test_a_comparison_ends_with_a_table_and_one_sentence(run, data):  # noqa: F811
+    code, out, err = tune(run, data, "--compare", "--seeds", "2", "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert [(r["arm"], r["seed"]) for r in values["results"]] == [("se", 0), ("control", 0), ("se", 1), ("control", 1)]
+    assert values["difference"]["basis"] == "over 2 seeds"
+    assert values["difference"]["verdict"] in ("helped", "made no difference", "hurt")
+    assert len({r["before"] for r in values["results"]}) == 1
+    assert values["results"][0]["parameters"] > values["results"][1]["parameters"]
+    assert {"se-0", "control-0", "se-1", "control-1", "curves.png"} <= {p.name for p in Path("runs/tuned").iterdir()}
+    before = Path("tuned.pt").read_bytes()
+    code, out, err = tune(run, data, "--compare", "--seeds", "2", "--resume")
+    assert code == 0, err
+    assert "SE " in out
+    assert Path("tuned.pt").read_bytes() == before
+
+
+def test_another_number_of_classes_replaces_the_classifier(run, tmp_path):  # noqa: F811
+    few = write_digits(tmp_path / "few", 160)
+    for folder in (few / "train", few / "val"):
+        for name in "3456789":
+            for file in (folder / name).iterdir():
+                file.unlink()
+            (folder / name).rmdir()
+    code, _, err = tune(run, few, "--out", "tuned.pt")
+    assert code == 0, err
+    assert load("tuned.pt", trust_source=True).fc.out_features == 3
+
+
+def test_a_single_folder_is_split_and_the_split_written_down(run, data):  # noqa: F811
+    code, _, err = tune(run, data / "train", "--out", "tuned.pt")
+    assert code == 0, err
+    split = json.loads(Path("runs/tuned/split.json").read_text())
+    assert len(split["train"]) + len(split["val"]) == 120
+    assert not set(split["train"]) & set(split["val"])
+    opened = open_data(str(data / "train"), mode="L", seed=0)
+    assert isinstance(opened.train, Subset)
+
+
+def test_a_timm_network_of_grey_images(run, data):  # noqa: F811
+    args = ["--no-pretrained", "--in-chans", "1", "--input-size", "32", "--set", "batch_size=16", "--set", "workers=0"]
+    code, _, err = run("finetune", "resnet10t", "--data", data, *args, "--epochs", "0.2", "--out", "tuned.pt")
+    assert code == 0, err
+    model = load("tuned.pt")
+    assert (model.num_classes, model.conv1[0].in_channels) == (10, 1)
+    code, out, err = run("predict", "tuned.pt", next((data / "val" / "3").iterdir()))
+    assert code == 0, err
+
+
+def test_unlabelled_images_will_do_for_distillation(run, data, tmp_path):  # noqa: F811
+    pile = tmp_path / "pile"
+    (pile / "train").mkdir(parents=True)
+    for i, file in enumerate((data / "train").rglob("*.png")):
+        (pile / "train" / f"{i}.png").write_bytes(file.read_bytes())
+    (pile / "val").symlink_to(data / "val")
+    code, _, err = tune(run, pile, "--recipe", "distill", "--out", "tuned.pt")
+    assert code == 0, err
+    error = failure(tune(run, pile, "--out", "other.pt"))
+    assert "classes" in error
+
+
+def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811
+    assert tune(run, data)[0] == 0
+    assert "runs/tuned holds a run already; --resume goes on with it, --run FOLDER" in failure(tune(run, data))
+    assert "recipe.lr was 0.01 and is 0.5" in failure(tune(run, data, "--resume", "--set", "lr=0.5"))
+    assert tune(run, data, "--run", "elsewhere")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--recipe", "shrot"], "there is no recipe 'shrot'"),
+        (["--set", "lr=x", "--set", "what=1"], "lr is 'x'; expected a number; unknown key 'what'"),
+        (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
+        (["--out", "tuned.bin"], "expected one of .pt, .pth, .safetensors"),
+        (["--set", "batch_size=1000"], "there are 120 training images"),
+        (["--device", "tpu"], "device is 'tpu', which cannot be used here"),
+        (["--recipe", "distill", "--set", "distill=2"], "distill is 2.0; expected a number from 0 to 1"),
+    ],
+)
+def test_bad_options_get_one_line(run, data, args, message):  # noqa: F811
+    assert message in failure(tune(run, data, *args))
+    assert not Path("tuned.pt").exists()
+
+
+def test_bad_images_are_named_and_counted(run, tmp_path):  # noqa: F811
+    data = write_digits(tmp_path / "digits", 160)
+    bad = next((data / "train" / "3").iterdir())
+    bad.write_bytes(bad.read_bytes()[:40])
+    error = failure(tune(run, data))
+    assert f"1 image cannot be read, at most 0 are skipped: {bad}" in error
+    code, _, err = tune(run, data, "--max-bad", "1", "--run", "again")
+    assert code == 0, err
+    assert Path("again/unreadable.txt").read_text() == f"{bad}\n"
+
+
+def test_an_artifact_with_other_classes_is_refused_for_evaluation(run, data, artifact, tmp_path):  # noqa: F811
+    assert "give load(..., base=) the original network" in failure(run("evaluate", artifact, "--data", data))
+    error = failure(run("evaluate", "resnet10t", "--no-pretrained", "--data", data, "--input-size", "32"))
+    assert "has 10 classes and the network 1000: labels would mean others" in error
+
+
+def start(*args, folder, processes=1):
+    """Start the command in a process of its own, or under torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "se_inject", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+
+def test_two_processes_end_as_one_does(data, tmp_path):
+    """With frozen batch norms, whose statistics are those of each process's own images otherwise."""
+    args = ["finetune", NET, "--data", data, *LAUNCHED, "--epochs", "2", "--set", "batch_norm=frozen"]
+    codes = {}
+    for name, processes in (("one", 1), ("two", 2)):
+        codes[name] = finish(start(*args, "--out", f"{name}.pt", folder=tmp_path, processes=processes))
+    assert codes["one"][0] == codes["two"][0] == 0, codes
+    one, two = (load(tmp_path / f"{name}.pt", base=DigitNet) for name in ("one", "two"))
+    for key, value in one.state_dict().items():
+        # The gradients of two halves are added up in another order than those of a whole.
+        torch.testing.assert_close(two.state_dict()[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    results = [json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("one", "two")]
+    assert len(results[0]["hits"]) == len(results[1]["hits"]) == 40
+    assert abs(results[0]["top1"] - results[1]["top1"]) <= 2.5
+    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "two" / METRICS) if "top1" in line] == [0, 7, 14]
+
+
+def test_a_process_that_dies_stops_the_run_which_then_goes_on(data, tmp_path):
+    args = ["finetune", NET, "--data", data, *LAUNCHED, "--epochs", "40"]
+    process = start(*args, folder=tmp_path, processes=2)
+    wait_for_checkpoint(tmp_path)
+    worker = find_worker(process.pid)
+    os.kill(worker, signal.SIGKILL)
+    code, out = finish(process)
+    assert code != 0
+    assert "SIGKILL" in out or "-9" in out
+    step = last_step(tmp_path)
+    code, out = finish(start(*args, "--resume", folder=tmp_path, processes=2))
+    assert code == 0, out
+    assert last_step(tmp_path) == 280 > step
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bits(data, tmp_path, number):
+    args = ["finetune", NET, "--data", data, *LAUNCHED, "--epochs", "12"]
+    assert finish(start(*args, "--out", "whole.pt", folder=tmp_path))[0] == 0
+    process = start(*args, "--out", "tuned.pt", folder=tmp_path)
+    wait_for_checkpoint(tmp_path, "tuned")
+    os.kill(process.pid, number)
+    code, out = finish(process)
+    assert code != 0
+    if number != signal.SIGKILL:
+        assert "--resume goes on" in out
+        assert "Traceback" not in out
+    code, out = finish(start(*args, "--out", "tuned.pt", "--resume", folder=tmp_path))
+    assert code == 0, out
+    states = [load(tmp_path / f"{name}.pt", base=DigitNet).state_dict() for name in ("whole", "tuned")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+def wait_for_checkpoint(folder, name="tuned"):
+    path = folder / "runs" / name / "checkpoint.pt"
+    for _ in range(1200):
+        if path.exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("no checkpoint")
+
+
+def find_worker(pid):
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return int(children[-1])
+
+
+def last_step(folder):
+    return max(line["step"] for line in read_metrics(folder / "runs" / "tuned" / METRICS) if "top1" in line)

@@ -1,0 +1,350 @@
+"""The training loop, on scikit-learn's digits and a net that is trained in the test."""
+
+import json
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from se_inject import blocks, eject, inject
+from se_inject.checkpoints import CHECKPOINT, read_checkpoint
+from se_inject.datasets import open_data
+from se_inject.errors import ArtifactError, TrainingError
+from se_inject.formats import InputFormat
+from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.recipe import Recipe, read_recipe
+from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
+from se_inject.training import (
+    InterruptedTrainingError,
+    Job,
+    Stage,
+    list_stages,
+    make_optimizer,
+    make_teacher,
+    train,
+)
+from se_inject.world import World
+from tests.digits import DigitNet, write_digits
+
+FORM = InputFormat((1, 8, 8), (0.3,), (0.3,))
+SMALL = Recipe(epochs=2, batch_size=16, crop="none", hflip=0, workers=0, lr=0.02, se_lr=0.1, gates_lr=0.2)
+pytestmark = pytest.mark.filterwarnings("ignore:Cosine annealing scheduler:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return open_data(str(write_digits(tmp_path_factory.mktemp("digits"), 160)), mode="L")
+
+
+def make_job(digits, recipe=SMALL, model=None, **options):
+    torch.manual_seed(0)
+    model = inject(DigitNet(), r=4, example=torch.zeros(2, 1, 8, 8)) if model is None else model
+    world = World(torch.device("cpu"))
+    return Job(
+        model,
+        TrainLoader(digits, FORM, recipe, world, num_classes=10),
+        EvalLoader(digits.val, FORM, batch_size=32, workers=0, world=world, num_classes=10),
+        recipe,
+        world,
+        10,
+        **{"settings": {"recipe": recipe.to_values()}, **options},
+    )
+
+
+def keep_nothing(model, name):
+    pass
+
+
+def run(job, folder, *, resume=False, keep=keep_nothing):
+    folder.mkdir(exist_ok=True)
+    with RunLog(folder, "test") as log:
+        return train(job, folder, log, keep, resume=resume)
+
+
+def assert_same_states(left, right):
+    assert list(left) == list(right)
+    for key, value in left.items():
+        assert torch.equal(value, right[key]), key
+
+
+def test_the_stages_share_the_steps():
+    assert list_stages(replace(SMALL, gates_share=0.25), 20, has_blocks=True) == [
+        Stage("gates", 0, 5),
+        Stage("all", 5, 20),
+    ]
+    assert list_stages(replace(SMALL, gates_share=0), 20, has_blocks=True) == [Stage("all", 0, 20)]
+    assert list_stages(replace(SMALL, gates_share=1), 20, has_blocks=True) == [Stage("gates", 0, 20)]
+    assert list_stages(replace(SMALL, train="gates"), 20, has_blocks=True) == [Stage("gates", 0, 20)]
+
+
+def test_a_network_without_blocks_has_the_whole_budget_for_everything():
+    assert list_stages(replace(SMALL, train="gates"), 20, has_blocks=False) == [Stage("all", 0, 20)]
+
+
+def test_the_losses_of_two_steps_are_these(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("se_inject.training._CHECK_EVERY", 1)
+    recipe = replace(SMALL, epochs=2 / 7, gates_share=0.5)
+    run(make_job(digits, recipe), tmp_path / "run")
+    lines = [line for line in read_metrics(tmp_path / "run" / METRICS) if "loss" in line]
+    assert [(line["step"], line["stage"]) for line in lines] == [(1, "gates"), (2, "all")]
+    # Literals of one run; sums on other processors are added in another order.
+    assert [line["loss"] for line in lines] == pytest.approx(LOSSES, rel=1e-4)
+
+
+def test_in_the_first_stage_the_blocks_alone_change(digits, tmp_path):
+    job = make_job(digits, replace(SMALL, train="gates", ema=0))
+    before = {key: value.clone() for key, value in job.model.state_dict().items()}
+    outcome = run(job, tmp_path / "run")
+    inside = tuple(f"{path}." for path in blocks(outcome.model))
+    changed = {key for key, value in outcome.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.startswith(inside)}
+
+
+def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
+    fresh = frozenset({"fc.weight", "fc.bias"})
+    job = make_job(digits, replace(SMALL, train="gates", ema=0), fresh=fresh)
+    before = job.model.fc.weight.clone()
+    run(job, tmp_path / "run")
+    assert not torch.equal(job.model.fc.weight, before)
+    groups = {g["name"]: g["lr"] for g in make_optimizer(job.model, SMALL, "all", fresh).param_groups}
+    assert groups["fresh"] == SMALL.head_lr
+
+
+def test_frozen_batch_norms_keep_their_statistics(digits, tmp_path):
+    job = make_job(digits, replace(SMALL, batch_norm="frozen", epochs=0.5))
+    before = job.model.bn.running_mean.clone()
+    run(job, tmp_path / "run")
+    assert torch.equal(job.model.bn.running_mean, before)
+
+
+def test_everything_learns_afterwards(digits, tmp_path):
+    job = make_job(digits, replace(SMALL, ema=0))
+    before = {name: parameter.detach().clone() for name, parameter in job.model.named_parameters()}
+    run(job, tmp_path / "run")
+    assert all(not torch.equal(p, before[name]) for name, p in job.model.named_parameters())
+
+
+def test_the_average_is_what_is_scored_and_given(digits, tmp_path):
+    job = make_job(digits)
+    outcome = run(job, tmp_path / "run")
+    assert outcome.model is not job.model
+    assert type(outcome.model) is type(job.model)
+    assert not torch.equal(outcome.model.fc.weight, job.model.fc.weight)
+    assert outcome.history[0]["step"] == 0
+    assert outcome.history[-1]["top1"] == outcome.scores.top1
+
+
+def test_a_run_writes_metrics_curves_and_event_files(digits, tmp_path):
+    kept = []
+    outcome = run(make_job(digits), tmp_path / "run", keep=lambda model, name: kept.append(name))
+    lines = read_metrics(tmp_path / "run" / METRICS)
+    assert [line["epoch"] for line in lines if "top1" in line] == [0, 1, 2]
+    assert {"step", "epoch", "stage", "loss", "lr", "images_per_second"} == set(lines[1])
+    assert (tmp_path / "run" / CURVES).read_bytes().startswith(b"\x89PNG")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    assert [round(e.value, 3) for e in events.Scalars("val/top1")] == [round(h["top1"], 3) for h in outcome.history]
+    assert kept.count("last") == 2
+    assert "best" in kept
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.0, "optimizer": "adamw"}, {"mixup": 0.2, "cutmix": 1.0, "erase": 0.5}]
+)
+@pytest.mark.parametrize("stop", [1, 4, 7, 9])
+def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, options, stop):
+    """Stopped in the first stage, at its end, at the end of an epoch, and within one."""
+    recipe = replace(SMALL, gates_share=0.29, **options)
+    job = make_job(digits, recipe)
+    whole = run(job, tmp_path / "whole")
+    first = make_job(digits, recipe)
+    with pytest.raises(InterruptedTrainingError, match=f"stopped after step {stop} of 14; .* --resume goes on"):
+        run_until(first, tmp_path / "part", stop)
+    second = make_job(digits, recipe)
+    torch.manual_seed(7)  # another random state, as another process has
+    outcome = run(second, tmp_path / "part", resume=True)
+    assert_same_states(outcome.model.state_dict(), whole.model.state_dict())
+    assert_same_states(second.model.state_dict(), job.model.state_dict())
+    assert outcome.history == whole.history
+    assert torch.equal(outcome.scores.confusion, whole.scores.confusion)
+    own, expected = (
+        [
+            {k: v for k, v in line.items() if k != "images_per_second"}
+            for line in read_metrics(tmp_path / name / METRICS)
+        ]
+        for name in ("part", "whole")
+    )
+    assert [line for line in own if "top1" in line] == [line for line in expected if "top1" in line]
+
+
+def run_until(job, folder, stop):
+    """Run, and send the process a Ctrl-C in the given step."""
+    iterate = job.train.iterate
+    seen = [0]
+
+    def count(*args):
+        for batch in iterate(*args):
+            seen[0] += 1
+            if seen[0] == stop:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield batch
+
+    job.train.iterate = count
+    return run(job, folder)
+
+
+def test_a_second_ctrl_c_is_at_once(digits, tmp_path):
+    job = make_job(digits)
+    original = job.model.fc.forward
+
+    def interrupt(x):
+        if job.model.training:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(x)
+
+    job.model.fc.forward = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(job, tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_it_runs_in_another_thread_too(digits, tmp_path):
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(run(make_job(digits), tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert len(outcomes) == 1
+
+
+def test_a_run_that_is_over_is_not_run_again(digits, tmp_path):
+    whole = run(make_job(digits), tmp_path / "run")
+    again = run(make_job(digits), tmp_path / "run", resume=True)
+    assert again.seconds == 0
+    assert again.scores.top1 == whole.scores.top1
+    assert_same_states(again.model.state_dict(), whole.model.state_dict())
+
+
+def test_another_run_is_not_gone_on_with(digits, tmp_path):
+    run(make_job(digits), tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"is of another run: recipe.lr was 0.02 and is 0.5; .*--run"):
+        run(make_job(digits, replace(SMALL, lr=0.5)), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a zip", {"format": "other"}, {"format": "se-inject checkpoint", "version": 9}]
+)
+def test_a_checkpoint_that_is_none_is_an_error(tmp_path, content):
+    path = tmp_path / CHECKPOINT
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        names = ("step", "model", "ema", "optimizer", "settings", "history") if "version" in content else ()
+        torch.save({**content, **dict.fromkeys(names)}, path)
+    with pytest.raises(ArtifactError, match="cannot be read|is no|has format version 9, this se-inject reads up"):
+        read_checkpoint(tmp_path, {})
+
+
+def test_without_a_checkpoint_resuming_is_beginning(digits, tmp_path):
+    assert run(make_job(digits), tmp_path / "run", resume=True).history[0]["step"] == 0
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_checkpoint(digits, tmp_path):
+    job = make_job(digits)
+    iterate = job.train.iterate
+
+    def spoil(epoch, first):
+        for step, (images, labels) in enumerate(iterate(epoch, first)):
+            yield (images * float("nan") if (epoch, step) == (1, 2) else images), labels
+
+    job.train.iterate = spoil
+    with pytest.raises(
+        TrainingError, match=r"no finite number at step 10 of 14; the last good checkpoint is kept in .*lr=0.002"
+    ):
+        run(job, tmp_path / "run")
+    found = read_checkpoint(tmp_path / "run", job.settings)
+    assert found.step == 7
+    assert all(value.isfinite().all() for value in found.model.values())
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_is_whole(digits, tmp_path, monkeypatch):
+    job = make_job(digits)
+    real, calls = torch.save, []
+
+    def save(content, file):
+        calls.append(1)
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr("se_inject.checkpoints.torch.save", save)
+    with pytest.raises(ArtifactError, match=r"checkpoint.pt cannot be written: No space left on device"):
+        run(job, tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run", job.settings).step == 7
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_the_teacher_draws_the_outputs_to_its_own(digits, tmp_path):
+    torch.manual_seed(0)
+    job = make_job(digits, replace(SMALL, distill=1.0, temperature=2.0, ema=0))
+    teacher = make_teacher(job.model)
+    with torch.no_grad():
+        for parameter in job.model.fc.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    images, _ = next(iter(job.val))
+
+    def measure():
+        with torch.no_grad():
+            return (job.model.eval()(images) - teacher(images)).abs().mean()
+
+    before = measure()
+    run(replace(job, teacher=teacher), tmp_path / "run")
+    assert measure() < 0.8 * before
+
+
+def test_without_labels_the_teachers_answers_are_the_labels(digits, tmp_path):
+    job = make_job(digits, replace(SMALL, distill=1.0))
+    outcome = run(replace(job, teacher=make_teacher(job.model), is_labelled=False), tmp_path / "run")
+    assert outcome.history[0]["top1"] == 100
+
+
+@pytest.mark.slow
+def test_the_short_recipe_reaches_at_least_the_control(tmp_path):
+    digits = open_data(str(write_digits(tmp_path / "digits")), mode="L")
+    plain = replace(SMALL, epochs=2, lr=0.05)
+    torch.manual_seed(0)
+    trained = run(make_job(digits, plain, DigitNet()), tmp_path / "plain").model
+    recipe = read_recipe("short", ["epochs=2", "batch_size=16", "crop=none", "hflip=0", "workers=0"])
+    injected = inject(trained, r=4, example=torch.zeros(2, 1, 8, 8))
+    scores = {}
+    for name, model in (("se", injected), ("control", eject(injected))):
+        scores[name] = run(make_job(digits, recipe, model), tmp_path / name).scores
+    assert scores["se"].top1 >= scores["control"].top1 > 90
+
+
+def test_steps_can_be_compiled(digits, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("torch.compile", lambda model, **options: compiled.append(model) or model)
+    run(make_job(digits, compiled=True), tmp_path / "run")
+    assert len(compiled) == 2
+
+
+def test_bf16_is_an_option(digits, tmp_path):
+    outcome = run(make_job(digits, replace(SMALL, precision="bf16", epochs=0.5)), tmp_path / "run")
+    assert all(p.dtype is torch.float32 for p in outcome.model.parameters())
+    assert outcome.scores.num_images == 40
+
+
+def test_the_history_is_plain(digits, tmp_path):
+    outcome = run(make_job(digits), tmp_path / "run")
+    assert json.loads(json.dumps(outcome.history)) == outcome.history
+    assert Path(tmp_path / "run" / CHECKPOINT).is_file()
+
+
+LOSSES = [2.26621150970459, 2.5009167194366455]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import se_inject
 from benchmarks.setting import describe_setting
-from se_inject.counterpart import drop_gates, find_gate_layers, propose_options
+from se_inject.counterpart import drop_gates, find_gate_layers, map_keys, propose_options
 from se_inject.export import export_to_timm
 from se_inject.plan import Placement
 
@@ -125,14 +125,16 @@ def _list_kinds(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
 
 
 def try_pair(pair: Pair, seed: int) -> Trial:
-    """Inject, train, export and compare; the first placement that works counts, or else the last reason."""
+    """Inject, train, export and compare; the first placement that works counts, or else the reason that went furthest."""
     with torch.device("meta"):
-        gates = find_gate_layers(build(pair.network).state_dict())
+        skeleton = build(pair.network)
+    gates = find_gate_layers(skeleton.state_dict())
     proposed = propose_options(gates)
-    trial = Trial(pair, proposed)
+    furthest = (-1, Trial(pair, proposed))
     for placement in get_args(Placement):
         torch.manual_seed(seed)
         options = {**proposed, "placement": placement}
+        stage = 0
         try:
             network = build(pair.plain)
             sites = se_inject.make_plan(network, placement=placement).sites
@@ -141,13 +143,15 @@ def try_pair(pair: Pair, seed: int) -> Trial:
             if isinstance(options["r"], dict) and not set(options["r"]) <= {site.owner for site in sites}:
                 options["r"] = 16  # the blocks stand elsewhere; the export says where
             model = se_inject.inject(network, **options, inplace=True)
+            map_keys(model, skeleton, pair.network)
+            stage = 1
             distance = train_briefly(model)
             export = export_to_timm(model, f"timm:{pair.network}")
         except se_inject.SEInjectError as error:
-            trial = Trial(pair, options, reason=str(error))
+            furthest = max(furthest, (stage, Trial(pair, options, reason=str(error))), key=lambda item: item[0])
         else:
             return Trial(pair, options, len(se_inject.blocks(model)), distance, export.difference)
-    return trial
+    return furthest[1]
 
 
 def train_briefly(model: nn.Module) -> float:

@@ -125,7 +125,7 @@ def _list_kinds(state: Mapping[str, Tensor]) -> tuple[Any, ...]:
 
 
 def try_pair(pair: Pair, seed: int) -> Trial:
-    """Inject, train, export and compare; the first placement that works counts, or else the reason that went furthest."""
+    """Inject, train, export and compare; the first placement that works counts, else the reason that went furthest."""
     with torch.device("meta"):
         skeleton = build(pair.network)
     gates = find_gate_layers(skeleton.state_dict())

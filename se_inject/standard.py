@@ -107,7 +107,7 @@ def find_standard_form(model: nn.Module) -> StandardForm:
         >>> import torchvision
         >>> form = find_standard_form(inject(torchvision.models.resnet18()))
         >>> form.folds[0]
-        Fold(block='layer1.0.se', parameters=('layer1.0.bn2.bias', 'layer1.0.bn2.weight'))
+        Fold(block='layer1.0.se', parameters=('layer1.0.bn2.bias', 'layer1.0.bn2.weight'), is_after=False)
     """
     plan = get_plan(model)
     twin = make_twin(model)

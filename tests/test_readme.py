@@ -1,6 +1,7 @@
 """Every command and every example in the README is run, and the code that it shows is the code."""
 
 import inspect
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torchvision
 
 from se_inject import blocks, inject
+from tests.images_on_disk import make_two_folders
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,7 +25,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 19
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 
@@ -34,15 +36,28 @@ def test_every_se_inject_command_runs_in_the_order_of_the_readme(tmp_path):
     from PIL import Image
 
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "cat.png")
+    make_two_folders(tmp_path / "DIR", num=4)
+    quick = {
+        "finetune": "--set batch_size=4 --set workers=0 --epochs 1 --input-size 64".split(),
+        "evaluate": "--workers 0 --input-size 64".split(),
+    }
     program = Path(sys.executable).parent / "se-inject"
     for command in COMMANDS:
         words = shlex.split(command)
         if words[0] != "se-inject":
             continue
-        # The one command that downloads; tests may run where no hub can be reached.
-        fetches = words[1] == "resnet50" and "--no-pretrained" not in words
-        arguments = [*words[1:], *(["--no-pretrained"] if fetches else [])]
-        done = subprocess.run([program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
+        # Those that download; tests may run where no hub can be reached.
+        fetches = words[1] != "plan" and {"resnet50", "mobilenetv2_100"} & {*words[1:3]}
+        fetches = fetches and "--no-pretrained" not in words
+        arguments = [*words[1:], *quick.get(words[1], []), *(["--no-pretrained"] if fetches else [])]
+        done = subprocess.run(
+            [program, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         assert done.stdout
 
@@ -82,9 +97,9 @@ def test_the_code_that_is_shown_is_the_code():
 def test_docstring_examples_run():
     import doctest
 
-    from se_inject import block, ejection, export, planner, rewrite, standard
+    from se_inject import block, comparison, ejection, export, groups, planner, recipe, rewrite, standard
 
-    for module in (block, planner, rewrite, ejection, standard, export):
+    for module in (block, planner, rewrite, ejection, standard, export, recipe, groups, comparison):
         names = {"torch": __import__("torch"), "inject": inject, "blocks": blocks}
         results = doctest.testmod(module, extraglobs=names)
         assert results.attempted > 0

@@ -87,7 +87,7 @@ class Recipe:
     clip: float = 0.0
     batch_norm: BatchNorm = "train"
     ema: float = 0.99
-    smoothing: float = 0.1
+    smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
     distill: float = 0.0

@@ -31,7 +31,9 @@ from se_inject.world import World
 from tests.digits import DigitNet, write_digits
 
 FORM = InputFormat((1, 8, 8), (0.3,), (0.3,))
-SMALL = Recipe(epochs=2, batch_size=16, crop="none", hflip=0, workers=0, lr=0.02, se_lr=0.1, gates_lr=0.2)
+SMALL = Recipe(
+    smoothing=0.1, epochs=2, batch_size=16, crop="none", hflip=0, workers=0, lr=0.02, se_lr=0.1, gates_lr=0.2
+)
 pytestmark = pytest.mark.filterwarnings("ignore:Cosine annealing scheduler:UserWarning")
 
 

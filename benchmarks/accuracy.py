@@ -123,8 +123,8 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
     data = make_data(run.network, files.data, share=run.share, seed=run.seed, num_held_out=run.num_held_out)
     with join_world(files.device) as world, tempfile.TemporaryDirectory() as folder:
         opened = open_pretrained(run.network, weights=files.weights, input_size=run.input_size, seed=run.seed)
-        if recipe.distill and opened.fresh:  # its teacher knows other classes
-            recipe = replace(recipe, distill=0.0)
+        if recipe.distill and opened.fresh:
+            raise OptionError(f"the teacher of {run.network} knows other classes; use --set distill=0")
         opened.model.to(world.device)
         model, before = _get_start(run, opened, world, files)
         glanced = Subset(data.val, range(0, len(data.val), max(1, len(data.val) // _NUM_GLANCED)))  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ class Recipe:
     batch_size: int = 64
     seed: int = 0
     train: Train = "all"
-    gates_share: float = 0.1
+    gates_share: float = 0.03
     gates_lr: float = 0.1
     lr: float = 0.01
     se_lr: float = 0.1

@@ -16,7 +16,7 @@ from se_inject.datasets import Data, get_name, open_data
 from se_inject.errors import DataError
 from se_inject.formats import InputFormat, convert_image, make_eval_transform, make_train_transform, read_format
 from se_inject.images import make_transform
-from se_inject.loaders import NO_LABEL, UNREADABLE, EvalLoader, TrainLoader, seed_all, with_size
+from se_inject.loaders import NO_LABEL, UNREADABLE, EvalLoader, TrainLoader, seed_all
 from se_inject.recipe import Recipe
 from se_inject.sources import Source
 from se_inject.world import World
@@ -432,7 +432,6 @@ def test_the_size_can_be_set():
     form = read_format(values, (3, 99, 99), input_size=64, in_chans=3)
     assert (form.size, form.crop_pct, form.mean) == ((3, 64, 64), 0.875, (0.5, 0.5, 0.5))
     assert read_format({}, (3, 99, 99), input_size=64, in_chans=3) == InputFormat((3, 64, 64))
-    assert with_size(form, 32).size == (3, 32, 32)
 
 
 def test_channels_that_images_do_not_have_are_refused():

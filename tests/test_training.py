@@ -1,5 +1,6 @@
 """The training loop, on scikit-learn's digits and a net that is trained in the test."""
 
+import copy
 import json
 import os
 import signal
@@ -32,7 +33,16 @@ from tests.digits import DigitNet, write_digits
 
 FORM = InputFormat((1, 8, 8), (0.3,), (0.3,))
 SMALL = Recipe(
-    smoothing=0.1, epochs=2, batch_size=16, crop="none", hflip=0, workers=0, lr=0.02, se_lr=0.1, gates_lr=0.2
+    smoothing=0.1,
+    gates_share=0.1,
+    epochs=2,
+    batch_size=16,
+    crop="none",
+    hflip=0,
+    workers=0,
+    lr=0.02,
+    se_lr=0.1,
+    gates_lr=0.2,
 )
 pytestmark = pytest.mark.filterwarnings("ignore:Cosine annealing scheduler:UserWarning")
 
@@ -319,15 +329,18 @@ def test_without_labels_the_teachers_answers_are_the_labels(digits, tmp_path):
 @pytest.mark.slow
 def test_the_short_recipe_reaches_at_least_the_control(tmp_path):
     digits = open_data(str(write_digits(tmp_path / "digits")), mode="L")
-    plain = replace(SMALL, epochs=2, lr=0.05)
+    plain = replace(SMALL, epochs=0.3, lr=0.05)
     torch.manual_seed(0)
     trained = run(make_job(digits, plain, DigitNet()), tmp_path / "plain").model
-    recipe = read_recipe("short", ["epochs=2", "batch_size=16", "crop=none", "hflip=0", "workers=0"])
     injected = inject(trained, r=4, example=torch.zeros(2, 1, 8, 8))
-    scores = {}
-    for name, model in (("se", injected), ("control", eject(injected))):
-        scores[name] = run(make_job(digits, recipe, model), tmp_path / name).scores
-    assert scores["se"].top1 >= scores["control"].top1 > 90
+    scores = {"se": [], "control": []}
+    for seed in range(3):  # an image is 0.22 points
+        given = ["epochs=1", "batch_size=16", "crop=none", "hflip=0", "workers=0", f"seed={seed}"]
+        recipe = read_recipe("short", given)
+        for name, model in (("se", injected), ("control", eject(injected))):
+            outcome = run(make_job(digits, recipe, copy.deepcopy(model)), tmp_path / f"{name}{seed}")
+            scores[name].append(outcome.scores.top1)
+    assert sum(scores["se"]) >= sum(scores["control"]) > 3 * 90
 
 
 def test_steps_can_be_compiled(digits, tmp_path, monkeypatch):

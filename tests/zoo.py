@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import fnmatch
 import json
+import os
 import tempfile
 import time
 import traceback
@@ -298,10 +299,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", help="pattern of names, as in 'timm:resnet*'")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="where rows and totals go; by default they are printed")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in FILE.jsonl")
     options = parser.parse_args()
-    lines = options.out.with_suffix(".jsonl")
+    lines = options.out.with_suffix(".jsonl") if options.out else Path(os.devnull)
+    if options.resume and not options.out:
+        parser.error("--resume goes on with the rows of --out FILE")
     rows = [Row(**json.loads(line)) for line in lines.read_text().splitlines()] if options.resume else []
     done = {row.name for row in rows}
     names = [n for n in list_networks() if fnmatch.fnmatch(n, options.only) and n not in done]

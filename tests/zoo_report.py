@@ -25,12 +25,15 @@ same seed, buffers and random state too. Gradient: in every block. Saved: writte
 
 
 def write_report(rows, path, *, only, jobs, seconds, num_kept=0):
-    """Write rows and totals to `path` (JSON) and beside it (Markdown)."""
+    """Write rows and totals to `path` (JSON) and beside it (Markdown), or print them if there is no path."""
     rows = sorted(rows, key=lambda row: row.name)
     setting = describe_setting(rows, only, jobs, seconds)
     if num_kept:
         setting["resumed"] = f"{num_kept} rows are of an earlier run"
     totals = count_totals(rows)
+    if path is None:
+        print(write_markdown(setting, totals, rows))
+        return
     path.write_text(
         json.dumps({"setting": setting, "totals": totals, "rows": list(map(asdict, rows))}, indent=1) + "\n"
     )

@@ -33,6 +33,7 @@ class Checkpoint:
         optimizer: State of the optimizer of the stage in which the next step is; empty at a stage's first step.
         settings: What must be the same for the run to go on: recipe, data, plan.
         history: The validations so far, as plain values.
+        seconds: Time of the steps so far.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     settings: Mapping[str, Any]
     history: list[dict[str, Any]]
+    seconds: float
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:

@@ -329,7 +329,7 @@ def run_experiment(
         for arm in experiment.arms:
             result, model = _run_arm(experiment, arm, seed, world, progress)
             results.append(result)
-            tuned = tuned or model
+            tuned = model if tuned is None else tuned
     assert tuned is not None
     return results, tuned
 
@@ -347,11 +347,7 @@ def _run_arm(
     model = copy_model(start.model).to(world.device)
     if arm == CONTROL:
         model = eject(model, inplace=True)
-    teacher = (
-        make_teacher(copy_model(start.model)).to(world.device)
-        if recipe.distill or not experiment.data.is_labelled
-        else None
-    )
+    teacher = make_teacher(start.model).to(world.device) if recipe.distill or not experiment.data.is_labelled else None
     if recipe.batch_norm == "sync" and world.is_cuda and world.size > 1:
         model = convert_sync_batchnorm(model)
     job = _make_job(replace(experiment, recipe=recipe), model, teacher, world, arm)

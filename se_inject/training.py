@@ -105,7 +105,7 @@ class Outcome:
         model: The network whose scores are given: the moving average, or the trained one without it.
         scores: Of the validation images, at the end.
         history: The validations, as plain values; the first one is from before the first step.
-        seconds: Time of the steps, without validation; of this process, since it was started.
+        seconds: Time of the steps, without validation, and of interrupted runs that it went on from.
         images_per_second: Over these.
     """
 
@@ -166,7 +166,6 @@ class _Run:
         self.scores: Scores | None = None
         self.optimizer_state: Mapping[str, Any] = {}
         self.seconds = 0.0
-        self.num_done = 0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
         self._saved_at = time.monotonic()
         self._mix = Mixup(
@@ -243,7 +242,6 @@ class _Run:
         is_first_bad = ~loss.isfinite() & (self._bad_step < 0)
         self._bad_step = torch.where(is_first_bad, self.step, self._bad_step)
         self.step += 1
-        self.num_done += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return loss
@@ -276,7 +274,7 @@ class _Run:
         return bool(job.world.add_up(asked))  # all of them stop at the same step
 
     def _compute_rate(self) -> float:
-        return self.num_done * self.job.recipe.batch_size / self.seconds if self.seconds else 0.0
+        return self.step * self.job.recipe.batch_size / self.seconds if self.seconds else 0.0
 
     def _check_loss(self) -> None:
         """Refuse to go on with a loss that is no number; what is on disk is from before."""
@@ -331,7 +329,7 @@ class _Run:
         if self.job.world.is_main:
             write_checkpoint(self.folder, Checkpoint(
                 self.step, self.model.state_dict(), None if self.ema is None else self.ema.module.state_dict(),
-                {} if is_over else optimizer.state_dict(), self.job.settings, self.history,
+                {} if is_over else optimizer.state_dict(), self.job.settings, self.history, self.seconds,
             ))  # fmt: skip
         self.job.world.wait()
         self._saved_at = time.monotonic()
@@ -341,6 +339,7 @@ class _Run:
         if self.ema is not None and found.ema is not None:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
+        self.seconds = found.seconds
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()
 

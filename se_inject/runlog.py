@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,18 +141,15 @@ class RunLog:
             self._events.add_scalar(name, value, step)
 
 
-class _quoting:  # noqa: N801  a context manager
+@contextmanager
+def _quoting(path: Path) -> Iterator[None]:
     """Turn a disk that is full, or a file that cannot be written, into one line."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, ArtifactError):
-            raise ArtifactError(f"{self._path} cannot be written: {error.strerror or error}") from error
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def make_progress(console: Any) -> Progress:

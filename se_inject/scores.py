@@ -6,7 +6,8 @@ processes together with each image counted once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     compute: Callable[[], Any] | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
-    memory: quote_memory | None = None,
+    memory: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Classify the images of a set, each once.
 
@@ -155,28 +156,27 @@ def _check_outputs(outputs: object, num_classes: int) -> Tensor:
     return outputs
 
 
-class quote_memory:  # noqa: N801  a context manager
+@contextmanager
+def quote_memory(option: str, batch_size: int) -> Iterator[None]:
     """Turn running out of memory into one line that says which batch size to try.
 
     Args:
         option: What sets it: an option as in "--batch-size", or else a key of the recipe, as in "batch_size".
         batch_size: What it is now.
+
+    Raises:
+        OptionError: Memory ran out.
     """
-
-    def __init__(self, option: str, batch_size: int) -> None:
-        self._option, self._batch_size = option, batch_size
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, _: object) -> None:
-        if error is None or not _is_out_of_memory(error):
-            return
-        name, half = self._option.removeprefix("--"), self._batch_size // 2
-        setting = f"{self._option} {half}" if self._option.startswith("--") else f"--set {name}={half}"
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        name, half = option.removeprefix("--"), batch_size // 2
+        setting = f"{option} {half}" if option.startswith("--") else f"--set {name}={half}"
         if not half:
             setting = "a smaller --input-size"
-        raise OptionError(f"out of memory with {name} {self._batch_size}; try {setting}") from error
+        raise OptionError(f"out of memory with {name} {batch_size}; try {setting}") from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

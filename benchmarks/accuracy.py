@@ -48,7 +48,8 @@ from se_inject.loaders import EvalLoader, TrainLoader, seed_all
 from se_inject.recipe import DEFAULT_RECIPE, Recipe, read_recipe
 from se_inject.runlog import RunLog
 from se_inject.scores import evaluate
-from se_inject.training import Job, autocast, make_teacher, train
+from se_inject.tasks import autocast, make_teacher
+from se_inject.training import Job, train
 from se_inject.world import World, join_world
 
 _FOLDER = Path(__file__).parent / "results"

@@ -20,7 +20,8 @@ from se_inject.loaders import EvalLoader
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model
 from se_inject.runlog import RunLog
-from se_inject.training import Job, autocast, train
+from se_inject.tasks import autocast
+from se_inject.training import Job, train
 from se_inject.world import World
 
 _NUM_WARM = 3

@@ -35,7 +35,8 @@ from se_inject.rewrite import blocks, copy_model, find_plan, get_plan, inject
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import Scores, evaluate
 from se_inject.sources import Source, takes_num_classes
-from se_inject.training import Job, Outcome, make_teacher, train
+from se_inject.tasks import make_teacher
+from se_inject.training import Job, Outcome, train
 from se_inject.world import World
 
 RESULT = "result.json"

@@ -8,39 +8,33 @@ optimizers, schedules, mixup and the moving average.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import TrainingError
-from se_inject.groups import freeze_batch_norm, iterate_batch_norms, param_groups
+from se_inject.groups import freeze_batch_norm, iterate_batch_norms
 from se_inject.loaders import EvalLoader, TrainLoader, seed_all
 from se_inject.recipe import Recipe
-from se_inject.rewrite import blocks, copy_model
+from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate, quote_memory
+from se_inject.signals import Signals
+from se_inject.tasks import StageName, autocast, make_optimizer, make_scheduler, make_task
 from se_inject.world import World
 
 _CHECK_EVERY = 10
 """Steps between looks at the loss, which make a GPU wait."""
-StageName = Literal["gates", "all"]
 Keep = Callable[[nn.Module, str], None]
 
 
@@ -181,24 +175,24 @@ class _Run:
         if not self.history:
             self._note(self._validate())
         stages = list_stages(self.job.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
-        with _Signals() as signals:
+        with Signals() as signals:
             for stage in stages:
                 if self.step < stage.last:
                     self._run_stage(stage, signals)
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
 
-    def _run_stage(self, stage: Stage, signals: _Signals) -> None:
+    def _run_stage(self, stage: Stage, signals: Signals) -> None:
         job, recipe = self.job, self.job.recipe
         is_frozen = _set_learning(self.model, stage, job.fresh, recipe)
-        task = make_task(job)
+        task = make_task(job.model, recipe, job.teacher)
         if job.compiled:
             task.compile()
         if job.world.size > 1:
             ids = [job.world.device.index] if job.world.is_cuda else None
             task.prepare_distributed(device_ids=ids)
         optimizer = make_optimizer(self.model, recipe, stage.name, job.fresh)
-        scheduler = _make_scheduler(optimizer, recipe, stage.last - stage.first)
+        scheduler = make_scheduler(optimizer, recipe, stage.last - stage.first)
         if self.optimizer_state:
             optimizer.load_state_dict(dict(self.optimizer_state))
             self.optimizer_state = {}
@@ -246,7 +240,7 @@ class _Run:
             self.ema.update(self.model, step=self.step)
         return loss
 
-    def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: _Signals) -> bool:
+    def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: Signals) -> bool:
         """Show where the run is, and check that it is well; tells whether somebody asked it to stop."""
         job = self.job
         is_due = self.step % _CHECK_EVERY == 0 or self.step == stage.last
@@ -344,69 +338,6 @@ class _Run:
             self.scores = self._validate()
 
 
-class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
-    """timm's classification task with a teacher: the original network, whose outputs are learned from.
-
-    The loss is `(1 - weight) * loss(labels) + weight * T^2 * KL(teacher / T || student / T)`; Hinton et al., arXiv
-    1503.02531, section 2. timm's own task for it takes timm's networks alone.
-    """
-
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
-        super().__init__(model, criterion, verbose=False)
-        self.weight, self.temperature = recipe.distill, recipe.temperature
-        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
-
-    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
-        """Give the loss and the outputs (N, classes) of images (N, C, H, W)."""
-        output = self.trainable_module(input)
-        if isinstance(output, tuple):  # torchvision's GoogLeNet and Inception have auxiliary outputs in train mode
-            output = output[0]
-        loss = output.new_zeros(())
-        if self.weight < 1:
-            loss = (1 - self.weight) * self.criterion(output, target)
-        if self.weight:
-            (teacher,) = self._teacher
-            assert teacher is not None
-            with torch.no_grad():
-                expected = teacher(input) / self.temperature
-            student = F.log_softmax(output / self.temperature, 1)
-            distance = F.kl_div(student, F.log_softmax(expected, 1), reduction="batchmean", log_target=True)
-            loss = loss + self.weight * self.temperature**2 * distance
-        return {"loss": loss, "output": output}
-
-
-def make_task(job: Job) -> ClassificationTask:
-    """Make timm's task of a job: the network with its loss."""
-    recipe = job.recipe
-    mixes = bool(recipe.mixup or recipe.cutmix)
-    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
-    return DistillationTask(job.model, job.teacher, recipe, criterion)
-
-
-def make_optimizer(
-    model: nn.Module, recipe: Recipe, stage: StageName, fresh: Collection[str] = ()
-) -> torch.optim.Optimizer:
-    """Make the optimizer of a stage, over what learns in it."""
-    se_lr = recipe.gates_lr if stage == "gates" else recipe.se_lr
-    groups = param_groups(
-        model, lr=recipe.lr, se_lr=se_lr, weight_decay=recipe.weight_decay, fresh=fresh, fresh_lr=recipe.head_lr
-    )
-    return create_optimizer_v2(  # type: ignore[no-any-return]  # timm's
-        groups, recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
-    )
-
-
-def autocast(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
-    """Make the context in which the network runs: bf16 or plain."""
-    is_mixed = recipe.precision == "bf16" or (recipe.precision == "auto" and world.is_cuda)
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_mixed)
-
-
-def make_teacher(model: nn.Module) -> nn.Module:
-    """Copy a network as it is, to be learned from."""
-    return copy_model(model).eval().requires_grad_(False)
-
-
 def _set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe: Recipe) -> bool:
     """Say which parameters learn in a stage; tells whether batch norms keep their statistics."""
     inside = tuple(f"{path}." for path in blocks(model))
@@ -416,34 +347,3 @@ def _set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe
         for norm in iterate_batch_norms(model):
             norm.requires_grad_(False)
     return stage.name == "gates" or recipe.batch_norm == "frozen"
-
-
-def _make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int) -> CosineLRScheduler:
-    warmup = min(num_steps - 1, round(recipe.warmup_share * num_steps))
-    return CosineLRScheduler(
-        optimizer, max(2, num_steps), lr_min=recipe.min_lr_share * recipe.lr, warmup_t=warmup, warmup_lr_init=0.0,
-        t_in_epochs=False, warmup_prefix=False,
-    )  # fmt: skip
-
-
-class _Signals:
-    """Take Ctrl-C and a request to end as a wish, to be fulfilled between two steps; the second Ctrl-C is at once."""
-
-    def __init__(self) -> None:
-        self.is_asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def _ask(self, number: int, _: object) -> None:
-        if self.is_asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.is_asked = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -1,0 +1,97 @@
+"""Tasks: the loss of a recipe, and what lowers it.
+
+Takes a network and a recipe, gives timm's task, the optimizer and the schedule of a stage, and the precision. Runs
+nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.task import ClassificationTask
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from se_inject.groups import param_groups
+from se_inject.recipe import Recipe
+from se_inject.rewrite import copy_model
+from se_inject.world import World
+
+StageName = Literal["gates", "all"]
+
+
+class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
+    """timm's classification task with a teacher: the original network, whose outputs are learned from.
+
+    The loss is `(1 - weight) * loss(labels) + weight * T^2 * KL(teacher / T || student / T)`; Hinton et al., arXiv
+    1503.02531, section 2. timm's own task for it takes timm's networks alone.
+    """
+
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
+        super().__init__(model, criterion, verbose=False)
+        self.weight, self.temperature = recipe.distill, recipe.temperature
+        self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
+        """Give the loss and the outputs (N, classes) of images (N, C, H, W)."""
+        output = self.trainable_module(input)
+        if isinstance(output, tuple):  # torchvision's GoogLeNet and Inception have auxiliary outputs in train mode
+            output = output[0]
+        loss = output.new_zeros(())
+        if self.weight < 1:
+            loss = (1 - self.weight) * self.criterion(output, target)
+        if self.weight:
+            (teacher,) = self._teacher
+            assert teacher is not None
+            with torch.no_grad():
+                expected = teacher(input) / self.temperature
+            student = F.log_softmax(output / self.temperature, 1)
+            distance = F.kl_div(student, F.log_softmax(expected, 1), reduction="batchmean", log_target=True)
+            loss = loss + self.weight * self.temperature**2 * distance
+        return {"loss": loss, "output": output}
+
+
+def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
+    """Make timm's task: the network with its loss; a teacher is needed where the recipe has `distill`."""
+    mixes = bool(recipe.mixup or recipe.cutmix)
+    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
+    return DistillationTask(model, teacher, recipe, criterion)
+
+
+def make_optimizer(
+    model: nn.Module, recipe: Recipe, stage: StageName, fresh: Collection[str] = ()
+) -> torch.optim.Optimizer:
+    """Make the optimizer of a stage, over what learns in it."""
+    se_lr = recipe.gates_lr if stage == "gates" else recipe.se_lr
+    groups = param_groups(
+        model, lr=recipe.lr, se_lr=se_lr, weight_decay=recipe.weight_decay, fresh=fresh, fresh_lr=recipe.head_lr
+    )
+    return create_optimizer_v2(  # type: ignore[no-any-return]  # timm's
+        groups, recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
+    )
+
+
+def autocast(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
+    """Make the context in which the network runs: bf16 or plain."""
+    is_mixed = recipe.precision == "bf16" or (recipe.precision == "auto" and world.is_cuda)
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_mixed)
+
+
+def make_teacher(model: nn.Module) -> nn.Module:
+    """Copy a network as it is, to be learned from."""
+    return copy_model(model).eval().requires_grad_(False)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int) -> CosineLRScheduler:
+    """Make the schedule of a stage: the rates rise, then fall along a cosine; stepped by the number of steps done."""
+    warmup = min(num_steps - 1, round(recipe.warmup_share * num_steps))
+    return CosineLRScheduler(
+        optimizer, max(2, num_steps), lr_min=recipe.min_lr_share * recipe.lr, warmup_t=warmup, warmup_lr_init=0.0,
+        t_in_epochs=False, warmup_prefix=False,
+    )  # fmt: skip

@@ -165,7 +165,8 @@ def run_finetune(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a network on your images; a network without blocks is injected first."""
-    from se_inject.finetune import Request, finetune
+    from se_inject.experiment import Request
+    from se_inject.finetune import finetune
     from se_inject.recipe import read_recipe
     from se_inject.world import join_world
 

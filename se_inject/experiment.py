@@ -1,0 +1,208 @@
+"""Experiments: train a network with blocks, and the same one without, for one seed or several.
+
+Takes what a user asks for, with network and data opened, gives a `Result` a run and the tuned network. Each run has its
+folder, with its checkpoint, log, networks and result.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.progress import Progress
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+
+from se_inject.artifact import save
+from se_inject.comparison import CONTROL, SE, Result
+from se_inject.datasets import Data, write_split
+from se_inject.ejection import eject
+from se_inject.files import write_tensors, write_whole
+from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.recipe import Recipe
+from se_inject.rewrite import copy_model, get_plan
+from se_inject.runlog import RunLog
+from se_inject.sources import Source
+from se_inject.start import Start
+from se_inject.tasks import make_teacher
+from se_inject.training import Job, Outcome, train
+from se_inject.world import World
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks for.
+
+    Attributes:
+        recipe: How to train.
+        data: Arguments of `open_data`.
+        options: Arguments of `inject`, where the network has no blocks yet.
+        out: Where the tuned network goes.
+        folder: Where checkpoints, logs and results go.
+        has_control: Whether the network without blocks is trained beside it.
+        num_seeds: How often all is repeated, from the recipe's seed on.
+        input_size: Height and width of the images; None is the network's own.
+        max_bad: How many unreadable images are skipped.
+        compiled: Whether the steps are compiled.
+        resume: Whether to go on with what the folder holds.
+    """
+
+    recipe: Recipe
+    data: Mapping[str, Any]
+    options: Mapping[str, Any]
+    out: Path
+    folder: Path
+    has_control: bool = False
+    num_seeds: int = 1
+    input_size: int | None = None
+    max_bad: int = 0
+    compiled: bool = False
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What is to be run: a request, with what it was for opened.
+
+    Attributes:
+        start: The network.
+        data: The images.
+        request: What was asked for.
+    """
+
+    start: Start
+    data: Data
+    request: Request
+
+    @property
+    def runs(self) -> list[tuple[int, str]]:
+        """The seeds and arms, in their order."""
+        first, arms = self.request.recipe.seed, (SE, CONTROL) if self.request.has_control else (SE,)
+        return [(seed, arm) for seed in range(first, first + self.request.num_seeds) for arm in arms]
+
+    def get_folder(self, seed: int, arm: str) -> Path:
+        """Return the folder of a run: the request's own, if there is only one."""
+        return self.request.folder if len(self.runs) == 1 else self.request.folder / f"{arm}-{seed}"
+
+
+def run_experiment(
+    experiment: Experiment, world: World, progress: Progress | None = None
+) -> tuple[list[Result], nn.Module]:
+    """Train all arms for all seeds.
+
+    Args:
+        experiment: What is to be run.
+        world: The processes that train together.
+        progress: Where to show it.
+
+    Returns:
+        The results, arm by arm within a seed, and the tuned network of the first seed.
+
+    Raises:
+        TrainingError: A run stopped; what it wrote is kept.
+        OptionError: The folder holds another run.
+        DataError: The images or labels are bad.
+        ArtifactError: Something cannot be written.
+    """
+    folder = experiment.request.folder
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_split(experiment.data, folder)
+        _write_json(folder / "recipe.json", experiment.request.recipe.to_values())
+    world.wait()
+    results = []
+    tuned: nn.Module | None = None
+    for seed, arm in experiment.runs:
+        result, model = _run_arm(experiment, arm, seed, world, progress)
+        results.append(result)
+        tuned = model if tuned is None else tuned
+    assert tuned is not None
+    return results, tuned
+
+
+def _run_arm(
+    experiment: Experiment, arm: str, seed: int, world: World, progress: Progress | None
+) -> tuple[Result, nn.Module]:
+    """Train one network; with `resume`, from where its folder says that it stands."""
+    folder = experiment.get_folder(seed, arm)
+    recipe = replace(experiment.request.recipe, seed=seed)
+    if world.is_main:
+        folder.mkdir(exist_ok=True)
+    job = _make_job(experiment, recipe, arm, world)
+    title = f"{arm}, seed {seed}" if len(experiment.runs) > 1 else "fine-tuning"
+
+    def keep(network: nn.Module, name: str) -> None:
+        _write_network(network, folder / f"{name}.pt", experiment.start.source, arm)
+
+    with RunLog(folder if world.is_main else None, title, progress) as log:
+        outcome = train(job, folder, log, keep, resume=experiment.request.resume)
+    result = _make_result(outcome, arm, seed)
+    if world.is_main:
+        _write_json(folder / RESULT, asdict(result))
+        _report_bad(job, folder)
+    return result, outcome.model
+
+
+def _make_job(experiment: Experiment, recipe: Recipe, arm: str, world: World) -> Job:
+    start, data = experiment.start, experiment.data
+    model = copy_model(start.model).to(world.device)
+    if arm == CONTROL:
+        model = eject(model, inplace=True)
+    teacher = make_teacher(start.model).to(world.device) if recipe.distill or not data.is_labelled else None
+    if recipe.batch_norm == "sync" and world.is_cuda and world.size > 1:
+        model = convert_sync_batchnorm(model)
+    loader = TrainLoader(
+        data, start.form, recipe, world, max_bad=experiment.request.max_bad, num_classes=start.num_classes
+    )
+    val = EvalLoader(
+        data.val, start.form, batch_size=max(1, recipe.batch_size // world.size), workers=recipe.workers, world=world,
+        max_bad=experiment.request.max_bad, num_classes=start.num_classes,
+    )  # fmt: skip
+    settings = {
+        "arm": arm,
+        "recipe": {k: v for k, v in recipe.to_values().items() if k not in ("workers", "checkpoint_minutes")},
+        "data": data.describe(),
+        "format": json.loads(json.dumps(asdict(start.form))),
+        "plan": get_plan(start.model).to_json(),
+    }
+    return Job(
+        model, loader, val, recipe, world, start.num_classes, data.classes, teacher, data.is_labelled, start.fresh,
+        experiment.request.compiled, settings,
+    )  # fmt: skip
+
+
+def _make_result(outcome: Outcome, arm: str, seed: int) -> Result:
+    hits = outcome.scores.hits
+    return Result(
+        arm=arm,
+        seed=seed,
+        before=outcome.history[0]["top1"],
+        top1=outcome.scores.top1,
+        parameters=sum(p.numel() for p in outcome.model.parameters()),
+        seconds=outcome.seconds,
+        images_per_second=outcome.images_per_second,
+        hits="" if hits is None else "".join(map(str, hits.tolist())),
+        history=outcome.history,
+    )
+
+
+def _write_network(network: nn.Module, path: Path, source: Source | None, arm: str) -> None:
+    if arm == SE:
+        save(network, path, source=source)
+    else:
+        write_tensors(path, network.state_dict(), {})
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    write_whole(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
+
+
+def _report_bad(job: Job, folder: Path) -> None:
+    names = [name for bad in (job.train.bad, job.val.bad) if bad is not None for name in bad.list_names()]
+    if names:
+        write_whole(folder / "unreadable.txt", lambda file: file.write("\n".join([*names, ""]).encode()))

@@ -1,0 +1,93 @@
+"""Starts: a network that is ready to be trained on some data.
+
+Takes an opened network and the number of classes, injects where that has not been done, fits the classifier, and says
+what images become for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from se_inject.errors import DataError, SourceError
+from se_inject.formats import InputFormat, read_format
+from se_inject.heads import count_channels, count_outputs, replace_head
+from se_inject.images import read_size
+from se_inject.rewrite import find_plan, inject
+from se_inject.sources import Source, takes_num_classes
+
+
+@dataclass(frozen=True)
+class Start:
+    """A network that is ready to be trained.
+
+    Attributes:
+        model: Injected, with a classifier for the data.
+        source: How it is built; None if its file does not say.
+        form: What images become for it.
+        num_classes: Its outputs.
+        fresh: Names of parameters that start from random values.
+    """
+
+    model: nn.Module
+    source: Source | None
+    form: InputFormat
+    num_classes: int
+    fresh: frozenset[str] = frozenset()
+
+
+def prepare_start(
+    model: nn.Module,
+    source: Source | None,
+    num_classes: int,
+    *,
+    options: Mapping[str, Any],
+    input_size: int | None = None,
+) -> Start:
+    """Inject where that has not been done, and fit the classifier to the data.
+
+    Args:
+        model: From an artifact or a library; it is changed.
+        source: How it is built.
+        num_classes: Classes of the data; 0 keeps the classifier.
+        options: Of `inject`.
+        input_size: Height and width of the images; by default the network's own.
+
+    Raises:
+        DataError: The network is no classifier, or its classifier cannot be replaced.
+        SourceError: The artifact could not be built again with another number of classes.
+        EmptyPlanError: The network has no place for a block.
+    """
+    if find_plan(model) is None:
+        example = None if input_size is None else torch.zeros(2, count_channels(model), input_size, input_size)
+        model = inject(model, inplace=True, example=example, **options)
+    form = read_model_format(model, source, input_size)
+    num_outputs = count_outputs(model, form.size)
+    fresh: frozenset[str] = frozenset()
+    if num_classes and num_outputs != num_classes:
+        fresh = replace_head(model, num_outputs, num_classes)
+        if (found := count_outputs(model, form.size)) != num_classes:
+            raise DataError(
+                f"{type(model).__name__} gives {found} scores after its last layer was replaced; give it a classifier "
+                f"of {num_classes} classes first"
+            )
+        if source is not None and not takes_num_classes(source):
+            raise SourceError(
+                f"{source.name} makes {num_outputs} classes and the data has {num_classes}; give the factory a "
+                f"parameter num_classes, so that the result can be built again"
+            )
+        if source is not None:
+            source = replace(source, options={**source.options, "num_classes": num_classes})
+    if source is not None:
+        source = replace(source, preprocess=form.to_preprocess())
+    return Start(model, source, form, num_classes or num_outputs, fresh)
+
+
+def read_model_format(model: nn.Module, source: Source | None, input_size: int | None) -> InputFormat:
+    """Read what images become for a network: as its source says, at its own size or the given one."""
+    preprocess = source.preprocess if source is not None else {}
+    return read_format(preprocess, read_size(find_plan(model)), input_size=input_size, in_chans=count_channels(model))

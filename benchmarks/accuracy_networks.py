@@ -209,7 +209,7 @@ def _list_folder(folder: Path) -> MemoryImages:
     return MemoryImages([path for path, _ in files], [label for _, label in files], classes)
 
 
-def make_data(name: str, folder: Path, *, share: float, seed: int, num_held_out: int) -> Data:
+def make_data(name: str, folder: Path, *, share: float, seed: int) -> Data:
     """Make the images of a run.
 
     Args:
@@ -217,28 +217,21 @@ def make_data(name: str, folder: Path, *, share: float, seed: int, num_held_out:
         folder: See `open_images`.
         share: The part of the training images that is used, the same of every class; drawn by `seed`.
         seed: The run's.
-        num_held_out: If not 0, so many training images, always the same, are held out and take the test images' place.
 
     Raises:
         DataError: The files are not there.
     """
     train, test, title = open_images(name, folder)
-    val: Dataset[Any] = test
-    indices = list(range(len(train)))
-    if num_held_out:
-        held = _draw_balanced(train, indices, num_held_out / len(train), seed=0)
-        val, indices = Subset(train, held), sorted(set(indices) - set(held))
-    if share < 1:
-        indices = _draw_balanced(train, indices, share, seed=seed)
-    return Data(Subset(train, indices), val, tuple(train.classes), len(train.classes), title)
+    indices = _draw_balanced(train, share, seed=seed) if share < 1 else range(len(train))
+    return Data(Subset(train, indices), test, tuple(train.classes), len(train.classes), title)
 
 
-def _draw_balanced(images: MemoryImages, indices: Sequence[int], share: float, *, seed: int) -> list[int]:
+def _draw_balanced(images: MemoryImages, share: float, *, seed: int) -> list[int]:
     """Draw the same part of every class."""
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for label in range(len(images.classes)):
-        own = [i for i in indices if images.targets[i] == label]
+        own = [i for i, target in enumerate(images.targets) if target == label]
         order = torch.randperm(len(own), generator=generator)[: max(1, round(share * len(own)))]
         drawn += [own[i] for i in order.tolist()]
     return sorted(drawn)

@@ -13,7 +13,23 @@ from typing import Any
 from se_inject.comparison import compute_half_width
 
 SE = "se"
-_SHOWN = ("lr", "batch_size", "crop", "ema", "smoothing", "gates_share", "gates_lr", "se_lr", "distill")
+_SHOWN = (
+    "lr",
+    "batch_size",
+    "crop",
+    "ema",
+    "precision",
+    "smoothing",
+    "label_temperature",
+    "gates_share",
+    "gates_lr",
+    "se_lr",
+    "distill",
+)
+_COLUMNS = (
+    "network", "training images", "epochs (steps)", "arm", "parameters", "before", "after", "se - arm", "other half",
+    "val loss", "s",
+)  # fmt: skip
 _ONLY_SE = ("gates_share", "gates_lr", "se_lr", "distill")
 
 
@@ -22,7 +38,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
     Returns:
         Of each budget: `arms` with mean and standard deviation of top-1 in per cent, and `differences`, `se` minus each
-        other arm over the seeds that both have, in points, with Student's 95 % interval (None with one seed).
+        other arm over the seeds that both have, in points, with Student's 95 % interval (None with one seed);
+        `differences_unchosen` is over the half of the test images by which no setting was chosen.
     """
     budgets: dict[tuple[Any, ...], dict[str, dict[int, Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(dict))
     for row in rows:
@@ -33,6 +50,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "steps": next(iter(next(iter(arms.values())).values()))["steps"],
             "arms": {arm: _describe_arm(list(by_seed.values())) for arm, by_seed in arms.items()},
             "differences": {arm: _subtract(arms[SE], arms[arm]) for arm in arms if arm != SE and SE in arms},
+            "differences_unchosen": {
+                arm: _subtract(arms[SE], arms[arm], "top1_unchosen") for arm in arms if arm != SE and SE in arms
+            },
         }
         for budget, arms in sorted(budgets.items(), key=lambda item: (item[0][0], -item[0][1], item[0][2]))
     ]
@@ -64,9 +84,11 @@ def _describe_arm(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _subtract(ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _subtract(
+    ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], key: str = "top1"
+) -> dict[str, Any]:
     seeds = sorted(ours.keys() & theirs.keys())
-    points = [ours[seed]["top1"] - theirs[seed]["top1"] for seed in seeds]
+    points = [ours[seed][key] - theirs[seed][key] for seed in seeds]
     losses = [ours[seed]["val_loss"] - theirs[seed]["val_loss"] for seed in seeds]
     if not points:
         return {"points": None, "low": None, "high": None, "val_loss": None, "num_seeds": 0}
@@ -95,11 +117,12 @@ def write_table(result: Mapping[str, Any]) -> str:
         "",
         _write_settings(rows),
         "All arms of a seed see the same images in the same order. Top-1 in per cent, mean and standard deviation",
-        "over seeds; `se - arm` is the paired difference in points with Student's 95 % interval over seeds. Before the",
-        f"first step `se` and `control` score the same in {num_equal} of {num_pairs} pairs.",
+        "over seeds; `se - arm` is the paired difference in points with Student's 95 % interval over seeds, and",
+        "`other half` the same on the half of the test images by which no setting was chosen. Before the first step",
+        f"`se` and `control` score the same in {num_equal} of {num_pairs} pairs.",
         "",
-        "| network | training images | epochs (steps) | arm | parameters | before | after | se - arm | val loss | s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
     ]
     for budget in result["summary"]:
         head = f"{budget['network']} | {budget['share']:.0%} | {budget['epochs']:g} ({budget['steps']})"
@@ -107,9 +130,9 @@ def write_table(result: Mapping[str, Any]) -> str:
             spread = "" if item["std"] is None else f" ± {item['std']:.2f}"
             numbers = f"{item['parameters']:,} | {item['before']:.2f} | {item['top1']:.2f}{spread}"
             difference = _show_difference(budget["differences"].get(arm))
-            lines.append(
-                f"| {head} | {arm} | {numbers} | {difference} | {item['val_loss']:.4f} | {item['seconds']:.0f} |"
-            )
+            unchosen = _show_difference(budget["differences_unchosen"].get(arm))
+            cost = f"{item['val_loss']:.4f} | {item['seconds']:.0f}"
+            lines.append(f"| {head} | {arm} | {numbers} | {difference} | {unchosen} | {cost} |")
     return "\n".join(lines) + "\n"
 
 
@@ -118,7 +141,7 @@ def _write_settings(rows: Sequence[Mapping[str, Any]]) -> str:
     recipe = row["recipe"]
     shared = ", ".join(f"{key} {recipe[key]}" for key in _SHOWN if key not in _ONLY_SE)
     own = ", ".join(f"{key} {recipe[key]}" for key in _ONLY_SE)
-    images = "held-out training images" if row["num_held_out"] else "test images"
+    images = "test images by which settings are chosen" if row["is_choosing"] else "test images"
     seeds = len({row["seed"] for row in rows})
     return f"{row['data']}, scored on {row['num_val']:,} {images}; {seeds} seeds. All arms: {shared}. `se`: {own}."
 

@@ -167,6 +167,7 @@ class TrainLoader:
 
     Attributes:
         num_steps: Batches an epoch.
+        batch_size: Images a step, over all processes together.
         bad: What could not be read; None for a stream.
     """
 
@@ -191,7 +192,7 @@ class TrainLoader:
                 f"batch_size is {recipe.batch_size}, which {world.size} processes cannot share evenly; "
                 f"try --set batch_size={share * world.size or world.size}"
             )
-        self.num_steps = num // recipe.batch_size
+        self.num_steps, self.batch_size = num // recipe.batch_size, recipe.batch_size
         self._seed = recipe.seed
         transform = make_train_transform(form, recipe)
         self.bad: BadImages | None = None

@@ -51,6 +51,9 @@ class Recipe:
         batch_norm: "train" as usual; "frozen" keeps the statistics; "sync" computes them over all processes (CUDA).
         ema: Decay of the moving average of the weights, which is what is evaluated and written; 0 is none. It is lower
             in the first steps (timm's warm-up).
+        label_temperature: Outputs are divided by it before they are compared with labels; 0 fits it to the training
+            images before the first step (`fit_temperature`), unless the classifier was replaced, which leaves 1. The
+            network that is written gives undivided outputs.
         smoothing: Label smoothing.
         mixup: Alpha of mixup; 0 is none.
         cutmix: Alpha of CutMix; 0 is none.
@@ -87,6 +90,7 @@ class Recipe:
     clip: float = 0.0
     batch_norm: BatchNorm = "train"
     ema: float = 0.99
+    label_temperature: float = 0.0
     smoothing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0

@@ -112,7 +112,7 @@ class RunLog:
             self._progress.advance(self._validation)
 
     def note_validation(self, values: Mapping[str, Any]) -> None:
-        """Note the scores of a validation: step, epoch, val_loss, top1, top5."""
+        """Note the scores of a validation: step, epoch, val_loss, top1, top5, and the temperature of the loss."""
         self._write(dict(values))
         step = int(values["step"])
         self._write_events(step, {f"val/{key}": float(values[key]) for key in ("val_loss", "top1", "top5")})

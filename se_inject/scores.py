@@ -85,6 +85,7 @@ def evaluate(
     num_classes: int,
     classes: tuple[str, ...] | None = None,
     teacher: nn.Module | None = None,
+    temperature: float = 1.0,
     compute: Callable[[], Any] | None = None,
     on_batch: Callable[[int], None] = lambda _: None,
     memory: AbstractContextManager[None] | None = None,
@@ -98,6 +99,7 @@ def evaluate(
         num_classes: Outputs of the network.
         classes: Their names.
         teacher: Gives the labels, where the images have none.
+        temperature: Outputs are divided by it in the loss.
         compute: Makes the context in which the network runs, such as autocast.
         on_batch: Is called with the number of images of each batch that is done.
         memory: Says which option sets the batch size; by default it is --batch-size.
@@ -125,7 +127,7 @@ def evaluate(
             outputs, targets = outputs[targets >= 0].float(), targets[targets >= 0]
             if len(targets) and int(targets.max()) >= num_classes:
                 raise DataError(f"an image has the label {int(targets.max())}, the network has {num_classes} classes")
-            _count(confusion, sums, outputs, targets)
+            _count(confusion, sums, outputs, targets, temperature)
             on_batch(num)
     if loader.bad is not None:
         loader.bad.share(world)
@@ -138,12 +140,12 @@ def evaluate(
     return Scores(confusion.cpu(), int(sums[1]), float(sums[0]) / num, None if hits is None else hits.cpu(), classes)
 
 
-def _count(confusion: Tensor, sums: Tensor, outputs: Tensor, targets: Tensor) -> None:
+def _count(confusion: Tensor, sums: Tensor, outputs: Tensor, targets: Tensor, temperature: float) -> None:
     num_classes = len(confusion)
     answers = outputs.topk(min(_TOP, num_classes), 1).indices
     pairs = targets * num_classes + answers[:, 0]
     confusion += torch.bincount(pairs, minlength=num_classes**2).view_as(confusion)
-    sums[0] += F.cross_entropy(outputs, targets, reduction="sum").double()
+    sums[0] += F.cross_entropy(outputs / temperature, targets, reduction="sum").double()
     sums[1] += (answers == targets[:, None]).any(1).sum()
 
 

@@ -29,13 +29,21 @@ StageName = Literal["gates", "all"]
 class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
     """timm's classification task with a teacher: the original network, whose outputs are learned from.
 
-    The loss is `(1 - weight) * loss(labels) + weight * T^2 * KL(teacher / T || student / T)`; Hinton et al., arXiv
-    1503.02531, section 2. timm's own task for it takes timm's networks alone.
+    The loss is `(1 - weight) * loss(outputs / t, labels) + weight * T^2 * KL(teacher / T || outputs / T)`, with the
+    recipe's `temperature` T and `label_temperature` t; Hinton et al., arXiv 1503.02531, section 2. timm's own task for
+    it takes timm's networks alone.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        recipe: Recipe,
+        criterion: nn.Module,
+        label_temperature: float,
+    ) -> None:
         super().__init__(model, criterion, verbose=False)
-        self.weight, self.temperature = recipe.distill, recipe.temperature
+        self.weight, self.temperature, self.label_temperature = recipe.distill, recipe.temperature, label_temperature
         self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
@@ -45,7 +53,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
             output = output[0]
         loss = output.new_zeros(())
         if self.weight < 1:
-            loss = (1 - self.weight) * self.criterion(output, target)
+            loss = (1 - self.weight) * self.criterion(output / self.label_temperature, target)
         if self.weight:
             (teacher,) = self._teacher
             assert teacher is not None
@@ -57,11 +65,13 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
         return {"loss": loss, "output": output}
 
 
-def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
+def make_task(
+    model: nn.Module, recipe: Recipe, teacher: nn.Module | None, *, label_temperature: float
+) -> ClassificationTask:
     """Make timm's task: the network with its loss; a teacher is needed where the recipe has `distill`."""
     mixes = bool(recipe.mixup or recipe.cutmix)
     criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
-    return DistillationTask(model, teacher, recipe, criterion)
+    return DistillationTask(model, teacher, recipe, criterion, label_temperature)
 
 
 def make_optimizer(

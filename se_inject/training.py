@@ -21,6 +21,7 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from se_inject.calibration import fit_temperature
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import TrainingError
 from se_inject.groups import freeze_batch_norm, iterate_batch_norms
@@ -158,6 +159,7 @@ class _Run:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.scores: Scores | None = None
+        self.temperature = 1.0
         self.optimizer_state: Mapping[str, Any] = {}
         self.seconds = 0.0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
@@ -170,6 +172,7 @@ class _Run:
     def run(self, *, resume: bool) -> Outcome:
         found = read_checkpoint(self.folder, self.job.settings) if resume else None
         self.log.begin(self.job.num_steps, found.step if found else 0)
+        self.temperature = self._choose_temperature()  # of the network as it was at first, also when going on
         if found is not None:
             self._restore(found)
         if not self.history:
@@ -182,10 +185,19 @@ class _Run:
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
 
+    def _choose_temperature(self) -> float:
+        job, recipe = self.job, self.job.recipe
+        if recipe.label_temperature:
+            return recipe.label_temperature
+        if recipe.distill == 1 or job.fresh:  # no labels are read; a classifier from random weights is sure of nothing
+            return 1.0
+        with quote_memory("batch_size", recipe.batch_size):
+            return fit_temperature(self.model, job.train, job.world, lambda: autocast(recipe, job.world))
+
     def _run_stage(self, stage: Stage, signals: Signals) -> None:
         job, recipe = self.job, self.job.recipe
         is_frozen = _set_learning(self.model, stage, job.fresh, recipe)
-        task = make_task(job.model, recipe, job.teacher)
+        task = make_task(job.model, recipe, job.teacher, label_temperature=self.temperature)
         if job.compiled:
             task.compile()
         if job.world.size > 1:
@@ -298,14 +310,15 @@ class _Run:
         self.log.begin_validation(job.val.num_batches)
         return evaluate(
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
-            teacher=None if job.is_labelled else job.teacher, compute=lambda: autocast(job.recipe, job.world),
-            on_batch=lambda _: self.log.advance_validation(),
+            teacher=None if job.is_labelled else job.teacher, temperature=self.temperature,
+            compute=lambda: autocast(job.recipe, job.world), on_batch=lambda _: self.log.advance_validation(),
             memory=quote_memory("batch_size", job.recipe.batch_size),
         )  # fmt: skip
 
     def _note(self, scores: Scores) -> None:
         epoch = self.step / self.job.train.num_steps
-        values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5}
+        values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
+                  "label_temperature": self.temperature}  # fmt: skip
         is_best = all(scores.top1 > item["top1"] for item in self.history if item["step"])
         self.history.append(values)
         self.scores = scores

@@ -55,7 +55,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     plan = get_plan(model)
     source = source or get_source(model) or _recognise_timm(model)
     if source is not None and source.library == "timm":  # reset_classifier may have been called since
-        source = replace(source, options={**source.options, "num_classes": getattr(model, "num_classes", None)})
+        num_classes = getattr(model, "num_classes", None)
+        classes = source.classes if len(source.classes) == num_classes else ()
+        source = replace(source, options={**source.options, "num_classes": num_classes}, classes=classes)
     values = {
         "format": FORMAT,
         "version": FORMAT_VERSION,

@@ -243,7 +243,8 @@ def run_predict(
 
     network, source = open_model()
     transform = make_transform(source, find_plan(network))
-    predictions = {str(path): predict_image(network, path, transform, top_k=top_k) for path in images}
+    names = source.classes if source is not None else ()
+    predictions = {str(path): predict_image(network, path, transform, classes=names, top_k=top_k) for path in images}
     if as_json:
         console.print_json({path: [asdict(item) for item in classes] for path, classes in predictions.items()})
     else:

@@ -87,7 +87,10 @@ def finetune(
     data = open_data(**request.data, seed=recipe.seed, may_be_unlabelled=recipe.distill == 1)
     seed_all(recipe.seed)  # the blocks, a fresh classifier, and what a factory draws
     model, source = open_model()
-    start = prepare_start(model, source, data.num_classes, options=request.options, input_size=request.input_size)
+    start = prepare_start(
+        model, source, data.num_classes, classes=data.classes or (), options=request.options,
+        input_size=request.input_size,
+    )  # fmt: skip
     if start.form.mode != "RGB":
         data = open_data(**request.data, mode=start.form.mode, seed=recipe.seed, may_be_unlabelled=recipe.distill == 1)
     if recipe.distill and start.fresh:

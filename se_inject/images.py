@@ -5,7 +5,7 @@ Takes paths, a model and its source, gives predictions. timm and torchvision do 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,12 @@ def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[
 
 
 def predict_image(
-    model: nn.Module, path: Path, transform: Callable[[Image.Image], Tensor], *, top_k: int = 5
+    model: nn.Module,
+    path: Path,
+    transform: Callable[[Image.Image], Tensor],
+    *,
+    classes: Sequence[str] = (),
+    top_k: int = 5,
 ) -> list[Prediction]:
     """Name the most probable classes of an image.
 
@@ -73,6 +78,7 @@ def predict_image(
         model: A classifier; run in eval mode, its own mode is kept.
         path: The image file.
         transform: From `make_transform`.
+        classes: Names of the network's outputs; without any, ImageNet's where their number fits.
         top_k: How many classes.
 
     Raises:
@@ -100,7 +106,7 @@ def predict_image(
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise ExampleError("the network gives no scores (N, classes); predict is for classifiers")
     probabilities, indices = scores[0].float().softmax(0).topk(min(top_k, scores.shape[1]))
-    names = get_class_names(scores.shape[1])
+    names = classes.__getitem__ if len(classes) == scores.shape[1] else get_class_names(scores.shape[1])
     return [
         Prediction(index, names(index), probability)
         for index, probability in zip(indices.tolist(), probabilities.tolist(), strict=True)

@@ -13,11 +13,11 @@ import os
 import socket
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Source:
         options: What the builder is called with.
         weights: Where the weights came from, in words.
         preprocess: How an image becomes an input; see `images`.
+        classes: Names of the outputs; empty if they are ImageNet's or not known.
     """
 
     library: Library
@@ -47,13 +48,14 @@ class Source:
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = RANDOM
     preprocess: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()
 
     def __str__(self) -> str:
         return f"{self.library}:{self.name}"
 
     def to_values(self) -> dict[str, Any]:
         """Turn into plain values, for a file."""
-        return asdict(self)
+        return {**asdict(self), "classes": list(self.classes)}
 
     @classmethod
     def from_values(cls, values: object) -> Source:
@@ -62,11 +64,12 @@ class Source:
         Raises:
             SourceError: The values are something else.
         """
-        names = {f.name for f in fields(cls)}
-        is_known = isinstance(values, dict) and set(values) == names and values["library"] in Library.__args__  # type: ignore[attr-defined]
-        if not is_known or not isinstance(values["options"], dict) or not isinstance(values["name"], str):  # type: ignore[index]
+        expected = {"library": str, "name": str, "options": dict, "weights": str, "preprocess": dict, "classes": list}
+        given = {"classes": [], **values} if isinstance(values, dict) else {}
+        is_known = given.keys() == expected.keys() and all(isinstance(given[k], kind) for k, kind in expected.items())
+        if not is_known or given["library"] not in get_args(Library):
             raise SourceError("the file does not say how its network is built")
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**{**given, "classes": tuple(map(str, given["classes"]))})
 
 
 @dataclass(frozen=True)

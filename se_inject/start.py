@@ -6,7 +6,7 @@ what images become for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ def prepare_start(
     source: Source | None,
     num_classes: int,
     *,
+    classes: Sequence[str] = (),
     options: Mapping[str, Any],
     input_size: int | None = None,
 ) -> Start:
@@ -54,6 +55,7 @@ def prepare_start(
         model: From an artifact or a library; it is changed.
         source: How it is built.
         num_classes: Classes of the data; 0 keeps the classifier.
+        classes: Their names, if known.
         options: Of `inject`.
         input_size: Height and width of the images; by default the network's own.
 
@@ -83,7 +85,8 @@ def prepare_start(
         if source is not None:
             source = replace(source, options={**source.options, "num_classes": num_classes})
     if source is not None:
-        source = replace(source, preprocess=form.to_preprocess())
+        kept = () if num_classes else source.classes
+        source = replace(source, preprocess=form.to_preprocess(), classes=tuple(classes) or kept)
     return Start(model, source, form, num_classes or num_outputs, fresh)
 
 

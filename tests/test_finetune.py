@@ -57,6 +57,9 @@ def test_a_name_is_injected_and_tuned_and_the_file_can_be_read(run, data):  # no
     assert not is_fresh(model)
     names = {path.name for path in Path("runs/tuned").iterdir()}
     assert {"checkpoint.pt", "metrics.jsonl", "curves.png", "result.json", "recipe.json", "last.pt", "best.pt"} <= names
+    image = next((data / "val" / "7").iterdir())
+    code, out, _ = run("predict", "tuned.pt", "--trust-source", "--top-k", "10", "--json", image)
+    assert {item["name"] for item in json.loads(out)[str(image)]} == set("0123456789")
     code, out, _ = run("evaluate", "tuned.pt", "--trust-source", "--data", data, "--json", "--workers", "0")
     values = json.loads(out)
     assert values["top1"] == json.loads(Path("runs/tuned/result.json").read_text())["top1"]

@@ -292,9 +292,8 @@ def _read_label(target: Any, num_classes: int) -> int:
 def _load_stream(images: Any, batch_size: int, workers: int, world: World) -> DataLoader[Any]:
     """Load a stream of timm's, by as many workers as it has files for."""
     reader = images.reader
-    shards = getattr(getattr(reader, "split_info", None), "filenames", None)
-    if shards:
-        workers = min(workers, max(1, len(shards) // reader.dist_num_replicas))
+    if num_shards := _count_shards(reader):
+        workers = min(workers, max(1, num_shards // reader.dist_num_replicas))
     reader.batch_size = batch_size  # a worker of a training stream has whole batches
     images.set_loader_cfg(num_workers=workers)
     return DataLoader(
@@ -317,6 +316,15 @@ def _say_plainly(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         raise DataError(
             f"a process that reads images ended ({get_first_line(error)}); it may lack memory, try fewer workers"
         ) from error
+
+
+def _count_shards(reader: Any) -> int:
+    """Count the files of a stream, of which a worker reads some; 0 if any number of workers can share it."""
+    if shards := getattr(getattr(reader, "split_info", None), "filenames", None):
+        return len(shards)
+    if hasattr(reader, "builder") and hasattr(reader.builder, "as_streaming_dataset") and not reader.download:
+        return int(reader.builder.as_streaming_dataset(split=reader.split).num_shards)
+    return 0
 
 
 def _prefetch(loader: DataLoader[Any], form: InputFormat, world: World) -> Batches:

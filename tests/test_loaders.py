@@ -529,6 +529,32 @@ def test_a_stream_of_fewer_images_than_a_batch_is_refused(shards):
         load(shards, replace(RECIPE, batch_size=22))
 
 
+# Sets of the Hugging Face library, from a folder; a hub is asked in the same way.
+
+
+@pytest.fixture
+def hugging(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    make_folder(tmp_path / "set" / "train", ["cat", "dog"], num=10)
+    make_folder(tmp_path / "set" / "validation", ["cat", "dog"], num=3, seed=1)
+    return f"{tmp_path / 'set'}:{tmp_path / 'cache'}"
+
+
+@stream
+@pytest.mark.parametrize("kind", ["hfds", "hfids"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sets_of_hugging_face_can_be_trained_and_validated_on(hugging, kind, workers):
+    open_data(f"hfds/{hugging}")  # how many images a stream has is known from the hub, or from its cache as here
+    data = open_data(f"{kind}/{hugging}")
+    assert data.classes == ("cat", "dog")
+    loader = load(data, replace(RECIPE, workers=workers), num_classes=2)
+    assert loader.is_stream == (kind == "hfids")
+    for epoch in (0, 1):
+        assert [len(labels) for _, labels in loader.iterate(epoch)] == [4] * 5
+    found = torch.cat([labels for _, labels in load_eval(data, workers, num_classes=2)])
+    assert sorted(found.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
 def test_images_without_labels_say_so(tmp_path):
     make_folder(tmp_path, ["all"], num=10)
     data = open_data(str(tmp_path / "all"), may_be_unlabelled=True)

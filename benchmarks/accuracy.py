@@ -45,7 +45,8 @@ from benchmarks.accuracy_report import summarise, write_table
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
 from se_inject.errors import OptionError
-from se_inject.loaders import EvalLoader, TrainLoader, seed_all
+from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.reading import seed_all
 from se_inject.recipe import DEFAULT_RECIPE, Recipe, read_recipe
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate

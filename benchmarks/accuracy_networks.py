@@ -26,7 +26,7 @@ from se_inject.errors import DataError, SourceError
 from se_inject.files import read_state_dict
 from se_inject.formats import InputFormat, read_format
 from se_inject.heads import replace_head
-from se_inject.loaders import seed_all
+from se_inject.reading import seed_all
 from se_inject.rewrite import copy_model
 from se_inject.sources import load_weights, open_network
 

@@ -24,7 +24,8 @@ from se_inject.errors import DataError, OptionError
 from se_inject.experiment import Experiment, Request, run_experiment
 from se_inject.files import check_target
 from se_inject.heads import count_outputs
-from se_inject.loaders import EvalLoader, seed_all
+from se_inject.loaders import EvalLoader
+from se_inject.reading import seed_all
 from se_inject.rewrite import blocks
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import Scores, evaluate

@@ -8,140 +8,25 @@ timm's transforms, collation and prefetching do the work.
 from __future__ import annotations
 
 import math
-import random
-import struct
 import traceback
-import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from se_inject.datasets import Data, copy_stream, count_images, get_name
+from se_inject.datasets import Data, copy_stream, count_images
 from se_inject.errors import DataError
-from se_inject.formats import InputFormat, Transform, convert_image, make_eval_transform, make_train_transform
+from se_inject.formats import InputFormat, Transform, make_eval_transform, make_train_transform
+from se_inject.reading import NO_LABEL, BadImages, Images, Key, refuse_label, seed_all
 from se_inject.recipe import Recipe
 from se_inject.twin import get_first_line
 from se_inject.world import World
 
-NO_LABEL, UNREADABLE = -1, -2
-# What Pillow raises for files that are no images, or broken ones.
-_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-_NUM_SHOWN = 5
-
 Batches = Iterable[tuple[Tensor, Tensor]]
-Key = tuple[int, int]
-"""An epoch and the index of an image."""
-
-
-class BadImages:
-    """What could not be read, noted by all workers in memory that they share.
-
-    Args:
-        images: The set.
-        limit: How many unreadable images are skipped.
-    """
-
-    def __init__(self, images: Dataset[Any], limit: int) -> None:
-        self._images, self._limit = images, limit
-        self._flags = torch.zeros(count_images(images), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
-
-    def note(self, index: int) -> None:
-        """Note that an image cannot be read."""
-        self._flags[index] = 1
-
-    def list_names(self) -> list[str]:
-        """List the paths of what could not be read."""
-        return [get_name(self._images, i) for i in self._flags.nonzero().flatten().tolist()]
-
-    def share(self, world: World) -> None:
-        """Tell all processes what each of them has noted; all of them must call it."""
-        if world.size > 1:
-            self._flags |= world.add_up(self._flags.to(world.device, torch.int64)).clamp_max(1).to("cpu", torch.uint8)
-
-    def check(self) -> None:
-        """Refuse to go on if there are more than the limit.
-
-        Raises:
-            DataError: There are; the message names the first ones.
-        """
-        num = int(self._flags.sum())
-        if num > self._limit:
-            names = self.list_names()
-            shown = ", ".join(names[:_NUM_SHOWN]) + (", ..." if num > _NUM_SHOWN else "")
-            images = "1 image" if num == 1 else f"{num} images"
-            raise DataError(
-                f"{images} cannot be read, at most {self._limit} are skipped: {shown}; mend or remove, or allow more "
-                f"with --max-bad {num}"
-            )
-
-
-class Images(Dataset[Any]):
-    """The images of a set by (epoch, index), each augmented with random numbers of its own.
-
-    One that cannot be read is noted; in training the next one takes its place, in validation it has no label.
-    """
-
-    def __init__(
-        self, images: Dataset[Any], transform: Transform, bad: BadImages, mode: str, seed: int,
-        *, is_training: bool, num_classes: int,
-    ) -> None:  # fmt: skip
-        self._images, self._transform, self._bad, self._mode = images, transform, bad, mode
-        self._seed, self._is_training, self._num_classes = seed, is_training, num_classes
-        self._size = count_images(images)
-
-    def __getitem__(self, key: Key) -> tuple[Any, int]:
-        epoch, index = key
-        if self._is_training:
-            seed_all(self._seed, epoch, index)
-        for attempt in range(self._size):
-            place = (index + attempt) % self._size
-            try:
-                image, target = _read(self._images, place, self._mode)
-            except _ERRORS:
-                self._bad.note(place)
-                if self._is_training:
-                    continue
-                image, target = Image.new(self._mode, (8, 8)), UNREADABLE
-            if target >= self._num_classes > 0:
-                raise _refuse_label(target, self._num_classes, get_name(self._images, place))
-            return self._transform(image), target
-        self._bad.check()
-        raise DataError("none of the images can be read")
-
-
-def _read(images: Dataset[Any], index: int, mode: str) -> tuple[Image.Image, int]:
-    """Read an image and its label; of timm's sets without timm's own way of skipping, which names nothing."""
-    if isinstance(images, Subset):
-        return _read(images.dataset, images.indices[index], mode)
-    reader = getattr(images, "reader", None)
-    if reader is None:
-        image, target, *_ = images[index]
-        return convert_image(image, mode), int(target)
-    file, target, *_ = reader[index]
-    with file, Image.open(file) as image:
-        return convert_image(image, mode), NO_LABEL if target is None else int(target)
-
-
-def _refuse_label(label: int, num_classes: int, name: str) -> DataError:
-    return DataError(f"{name} has the label {label}, the network has {num_classes} classes")
-
-
-def seed_all(*numbers: int) -> None:
-    """Seed Python's, NumPy's and torch's random numbers by a few numbers."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 class _Batches(Sampler[list[Key]]):
@@ -285,7 +170,7 @@ def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_clas
 def _read_label(target: Any, num_classes: int) -> int:
     label = NO_LABEL if target is None else int(target)
     if label >= num_classes > 0:
-        raise _refuse_label(label, num_classes, "an image of the stream")
+        raise refuse_label(label, num_classes, "an image of the stream")
     return label
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from se_inject.errors import DataError, OptionError, SEInjectError
-from se_inject.loaders import UNREADABLE, EvalLoader
+from se_inject.loaders import EvalLoader
+from se_inject.reading import UNREADABLE
 from se_inject.twin import set_training
 from se_inject.world import World
 

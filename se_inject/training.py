@@ -9,7 +9,7 @@ optimizers, schedules, mixup and the moving average.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,34 +24,21 @@ from torch import Tensor, nn
 from se_inject.calibration import fit_temperature
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import TrainingError
-from se_inject.groups import freeze_batch_norm, iterate_batch_norms
-from se_inject.loaders import EvalLoader, TrainLoader, seed_all
+from se_inject.groups import freeze_batch_norm
+from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate, quote_memory
 from se_inject.signals import Signals
-from se_inject.tasks import StageName, autocast, make_optimizer, make_scheduler, make_task
+from se_inject.stages import Stage, list_stages, set_learning
+from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task
 from se_inject.world import World
 
 _CHECK_EVERY = 10
 """Steps between looks at the loss, which make a GPU wait."""
 Keep = Callable[[nn.Module, str], None]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps in which the same parameters learn.
-
-    Attributes:
-        name: "gates" if the blocks alone learn, with a classifier that was replaced; "all" otherwise.
-        first: Its first step.
-        last: The step after its last one.
-    """
-
-    name: StageName
-    first: int
-    last: int
 
 
 @dataclass(frozen=True)
@@ -113,17 +100,6 @@ class Outcome:
 
 class InterruptedTrainingError(TrainingError):
     """The run was asked to stop, and has written where it stands."""
-
-
-def list_stages(recipe: Recipe, num_steps: int, *, has_blocks: bool) -> list[Stage]:
-    """List the stages of a recipe; a network without blocks learns as a whole for all of the steps."""
-    if not has_blocks:
-        return [Stage("all", 0, num_steps)]
-    if recipe.train == "gates":
-        return [Stage("gates", 0, num_steps)]
-    border = min(num_steps, round(recipe.gates_share * num_steps))
-    stages = [Stage("gates", 0, border), Stage("all", border, num_steps)]
-    return [stage for stage in stages if stage.first < stage.last]
 
 
 def train(job: Job, folder: Path, log: RunLog, keep: Keep, *, resume: bool = False) -> Outcome:
@@ -196,7 +172,7 @@ class _Run:
 
     def _run_stage(self, stage: Stage, signals: Signals) -> None:
         job, recipe = self.job, self.job.recipe
-        is_frozen = _set_learning(self.model, stage, job.fresh, recipe)
+        is_frozen = set_learning(self.model, stage, job.fresh, recipe)
         task = make_task(job.model, recipe, job.teacher, label_temperature=self.temperature)
         if job.compiled:
             task.compile()
@@ -349,14 +325,3 @@ class _Run:
         self.seconds = found.seconds
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()
-
-
-def _set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe: Recipe) -> bool:
-    """Say which parameters learn in a stage; tells whether batch norms keep their statistics."""
-    inside = tuple(f"{path}." for path in blocks(model))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(stage.name == "all" or name in fresh or (bool(inside) and name.startswith(inside)))
-    if recipe.batch_norm == "frozen":
-        for norm in iterate_batch_norms(model):
-            norm.requires_grad_(False)
-    return stage.name == "gates" or recipe.batch_norm == "frozen"

@@ -19,8 +19,9 @@ from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
+from se_inject.stages import Stage, list_stages
 from se_inject.tasks import make_optimizer, make_teacher
-from se_inject.training import InterruptedTrainingError, Job, Stage, list_stages, train
+from se_inject.training import InterruptedTrainingError, Job, train
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits
 

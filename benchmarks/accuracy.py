@@ -44,6 +44,7 @@ from benchmarks.accuracy_networks import ARMS, NAMES, Pretrained, make_data, mak
 from benchmarks.accuracy_report import summarise, write_table
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
+from se_inject.calibration import fit_temperature
 from se_inject.errors import OptionError
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.reading import seed_all
@@ -131,8 +132,12 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         opened.model.to(world.device)
         model, before = _get_start(run, opened, world, files)
         glanced = Subset(data.val, range(0, len(data.val), max(1, len(data.val) // _NUM_GLANCED)))  # type: ignore[arg-type]
+        loader = TrainLoader(data, opened.form, recipe, world)
+        if not recipe.label_temperature and not opened.fresh:  # the original's, for all arms: broken starts have others
+            temperature = fit_temperature(opened.model, loader, world, lambda: autocast(recipe, world))
+            recipe = replace(recipe, label_temperature=temperature)
         job = Job(
-            model, TrainLoader(data, opened.form, recipe, world), _make_eval(glanced, opened, recipe, world), recipe,
+            model, loader, _make_eval(glanced, opened, recipe, world), recipe,
             world, 10, teacher=make_teacher(opened.model) if recipe.distill else None, fresh=opened.fresh,
         )  # fmt: skip
         with RunLog(None, "") as log:
@@ -149,7 +154,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         "num_val": sum(half.num_images for half in scores),
         "before": before,
         "top1": statistics.fmean(half.top1 for half in scores),
-        "top1_unchosen": scores[-1].top1,
+        "top1_unchosen": None if run.is_choosing else scores[-1].top1,
         "val_loss": statistics.fmean(half.loss for half in scores),
         "label_temperature": temperature,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),

@@ -14,18 +14,9 @@ from se_inject.comparison import compute_half_width
 
 SE = "se"
 _SHOWN = (
-    "lr",
-    "batch_size",
-    "crop",
-    "ema",
-    "precision",
-    "smoothing",
-    "label_temperature",
-    "gates_share",
-    "gates_lr",
-    "se_lr",
-    "distill",
-)
+    "lr", "batch_size", "crop", "ema", "precision", "smoothing", "label_temperature", "gates_share", "gates_lr",
+    "se_lr", "distill",
+)  # fmt: skip
 _COLUMNS = (
     "network", "training images", "epochs (steps)", "arm", "parameters", "before", "after", "se - arm", "other half",
     "val loss", "s",
@@ -87,7 +78,7 @@ def _describe_arm(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _subtract(
     ours: Mapping[int, Mapping[str, Any]], theirs: Mapping[int, Mapping[str, Any]], key: str = "top1"
 ) -> dict[str, Any]:
-    seeds = sorted(ours.keys() & theirs.keys())
+    seeds = sorted(s for s in ours.keys() & theirs.keys() if ours[s][key] is not None)
     points = [ours[seed][key] - theirs[seed][key] for seed in seeds]
     losses = [ours[seed]["val_loss"] - theirs[seed]["val_loss"] for seed in seeds]
     if not points:
@@ -142,8 +133,9 @@ def _write_settings(rows: Sequence[Mapping[str, Any]]) -> str:
     shared = ", ".join(f"{key} {recipe[key]}" for key in _SHOWN if key not in _ONLY_SE)
     own = ", ".join(f"{key} {recipe[key]}" for key in _ONLY_SE)
     images = "test images by which settings are chosen" if row["is_choosing"] else "test images"
-    seeds = len({row["seed"] for row in rows})
-    return f"{row['data']}, scored on {row['num_val']:,} {images}; {seeds} seeds. All arms: {shared}. `se`: {own}."
+    num = len({row["seed"] for row in rows})
+    seeds = "1 seed" if num == 1 else f"{num} seeds"
+    return f"{row['data']}, scored on {row['num_val']:,} {images}; {seeds}. All arms: {shared}. `se`: {own}."
 
 
 def _show_difference(item: Mapping[str, Any] | None) -> str:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
 from se_inject.groups import iterate_batch_norms
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
-from se_inject.tasks import StageName
+
+StageName = Literal["gates", "all"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -21,9 +21,8 @@ from torch.nn import functional as F
 from se_inject.groups import param_groups
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model
+from se_inject.stages import StageName
 from se_inject.world import World
-
-StageName = Literal["gates", "all"]
 
 
 class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's

@@ -148,9 +148,10 @@ class _Run:
     def run(self, *, resume: bool) -> Outcome:
         found = read_checkpoint(self.folder, self.job.settings) if resume else None
         self.log.begin(self.job.num_steps, found.step if found else 0)
-        self.temperature = self._choose_temperature()  # of the network as it was at first, also when going on
         if found is not None:
             self._restore(found)
+        else:
+            self.temperature = self._choose_temperature()
         if not self.history:
             self._note(self._validate())
         stages = list_stages(self.job.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
@@ -322,6 +323,6 @@ class _Run:
         if self.ema is not None and found.ema is not None:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
-        self.seconds = found.seconds
+        self.seconds, self.temperature = found.seconds, found.history[0]["label_temperature"]
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()

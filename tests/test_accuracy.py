@@ -110,7 +110,12 @@ def test_a_command_runs_goes_on_and_writes_its_table(folder, tmp_path, monkeypat
     assert "seed 0" not in err  # it was in the log
     assert [{**row, "commit": ""} for row in both["rows"][:2]] == [{**row, "commit": ""} for row in first["rows"]]
     assert "score the same in 2 of 2 pairs" in write_table(both)
-    assert call("--seeds", 1, "--choosing")["rows"][0]["num_val"] == 20
+    choosing = call("--seeds", 1, "--choosing")
+    assert [(row["num_val"], row["top1_unchosen"]) for row in choosing["rows"]] == [(20, None)] * 2
+    assert choosing["summary"][0]["differences_unchosen"]["control"]["points"] is None
+    # A start that is broken by pasted-in blocks is trained with the original's temperature.
+    pasted = call("--seeds", 1, "--arms", "default", "control")["rows"]
+    assert pasted[0]["label_temperature"] == pasted[1]["label_temperature"]
 
 
 def test_missing_files_are_named(folder, tmp_path):

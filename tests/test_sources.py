@@ -1,4 +1,6 @@
+import json
 import socket
+from dataclasses import replace
 
 import pytest
 import timm
@@ -61,6 +63,16 @@ def test_the_source_says_which_network_and_which_weights():
     assert network.source.weights == "none (random)"
     assert network.source.preprocess["input_size"] == [3, 224, 224]
     assert Source.from_values(network.source.to_values()) == network.source
+
+
+def test_the_source_keeps_the_classes_names():
+    named = Source("timm", "resnet18", classes=("cat", "dog"))
+    values = named.to_values()
+    assert Source.from_values(json.loads(json.dumps(values))) == named
+    del values["classes"]  # as files were before there were names
+    assert Source.from_values(values) == replace(named, classes=())
+    with pytest.raises(SourceError, match="does not say how its network is built"):
+        Source.from_values({**values, "classes": "cat"})
 
 
 @pytest.mark.parametrize("name", ["resnet50", "torchvision:resnet18", "hf-hub:timm/resnet18.a1_in1k"])

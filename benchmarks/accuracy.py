@@ -31,7 +31,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from benchmarks.accuracy_networks import ARMS, NAMES, Pretrained, make_data, mak
 from benchmarks.accuracy_report import summarise, write_table
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
-from se_inject.calibration import fit_temperature
+from se_inject.calibration import calibrate
 from se_inject.errors import OptionError
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.reading import seed_all
@@ -130,22 +130,20 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         if recipe.distill and opened.fresh:
             raise OptionError(f"the teacher of {run.network} knows other classes; use --set distill=0")
         opened.model.to(world.device)
+        loader, compute = TrainLoader(data, opened.form, recipe, world), partial(autocast, recipe, world)
+        # On the original, for all arms: what is pasted in breaks the start, and would settle other things.
+        recipe = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
         model, before = _get_start(run, opened, world, files)
         glanced = Subset(data.val, range(0, len(data.val), max(1, len(data.val) // _NUM_GLANCED)))  # type: ignore[arg-type]
-        loader = TrainLoader(data, opened.form, recipe, world)
-        if not recipe.label_temperature and not opened.fresh:  # the original's, for all arms: broken starts have others
-            temperature = fit_temperature(opened.model, loader, world, lambda: autocast(recipe, world))
-            recipe = replace(recipe, label_temperature=temperature)
         job = Job(
             model, loader, _make_eval(glanced, opened, recipe, world), recipe,
             world, 10, teacher=make_teacher(opened.model) if recipe.distill else None, fresh=opened.fresh,
         )  # fmt: skip
         with RunLog(None, "") as log:
             outcome = train(job, Path(folder), log, lambda *_: None)
-        temperature = outcome.history[0]["label_temperature"]
         scores = _score(
             outcome.model, _make_halves(run, data.val, opened, recipe, world), world,
-            temperature=temperature, compute=lambda: autocast(recipe, world),
+            temperature=recipe.label_temperature, compute=compute,
         )  # fmt: skip
     return {
         **asdict(run),
@@ -156,7 +154,8 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         "top1": statistics.fmean(half.top1 for half in scores),
         "top1_unchosen": None if run.is_choosing else scores[-1].top1,
         "val_loss": statistics.fmean(half.loss for half in scores),
-        "label_temperature": temperature,
+        "batch_norm": recipe.batch_norm,
+        "label_temperature": recipe.label_temperature,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "blocks": len(se_inject.blocks(outcome.model)),
         "steps": job.num_steps,
@@ -170,7 +169,7 @@ def _get_start(run: Run, opened: Pretrained, world: World, files: Files) -> tupl
     """Make the network of a run, and score it before the first step; the same start is scored once a process."""
     seed_all(run.seed)
     model = make_model(opened.model, run.arm, r=run.r, size=opened.form.size)
-    key = (run.network, run.arm, run.seed, run.r, run.input_size, run.is_choosing)
+    key = (run.network, run.arm, run.share, run.seed, run.r, run.input_size, run.is_choosing)
     if key not in (known := _get_known()):
         data = make_data(run.network, files.data, share=1, seed=run.seed)
         recipe = Recipe(batch_size=run.recipe["batch_size"], workers=run.recipe["workers"])

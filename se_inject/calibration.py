@@ -1,56 +1,191 @@
-"""Calibration: how much too sure a trained network is of its answers.
+"""Calibration: what a recipe leaves to the images, settled before the first step.
 
-Takes a network and the batches that it is about to be trained on, gives the temperature of the loss. Changes no weight.
+Takes a network and the batches that it is about to be trained on. Chooses which statistics the batch norms use, fits
+the temperature of the loss, and fits a classifier that was replaced to the features as they are. Changes that
+classifier and nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from se_inject.groups import iterate_batch_norms
+from se_inject.heads import Classifier, find_classifier
 from se_inject.loaders import TrainLoader
+from se_inject.recipe import BatchNorm, Recipe
 from se_inject.twin import set_training
 from se_inject.world import World
 
-_NUM_IMAGES = 2048
+_NUM_IMAGES, _NUM_IMAGES_EACH = 2048, 16
 _LOWEST, _HIGHEST, _NUM_TRIED = 0.5, 4.0, 85
 _MARGIN = 1.5
 """New images are answered with less right to be sure than those that a network has learned from."""
+_PENALTIES = (1e-2, 1e-1, 1.0)
+_HELD_BACK = 4
+_NUM_ITERATIONS = 100
 
 
-def fit_temperature(model: nn.Module, loader: TrainLoader, world: World, compute: Callable[[], Any]) -> float:
-    """Fit the temperature by which outputs are divided in the loss, before the first step.
+def calibrate(
+    model: nn.Module,
+    loader: TrainLoader,
+    recipe: Recipe,
+    world: World,
+    *,
+    fresh: Collection[str] = (),
+    compute: Callable[[], Any],
+) -> Recipe:
+    """Settle what a recipe leaves open, from up to 2,048 training images (16 a class, if those are more).
 
-    A network that was trained to the end is surer than it is right (Guo et al., arXiv 1706.04599). On images that
-    differ from those it knows, its few confident errors then have nearly all of the gradient, and fine-tuning begins by
-    breaking what was learned. Dividing the outputs in the loss by a temperature changes no answer, and gives every
-    image its part again.
+    **Batch norms** (`batch_norm: auto`). A network that is put into train mode normalises by the statistics of each
+    batch instead of those that it has learned. Where the images are much like those that it knows, or unlike them in
+    their colours alone, that does no harm or good; where batches are few, small or of another kind, it spoils the
+    features. Whichever has the lower cross-entropy on these images is taken.
+
+    **A classifier that was replaced** is fitted to the frozen features (regularised logistic regression, by L-BFGS), as
+    random weights would send random gradients into a trained backbone (Kumar et al., arXiv 2202.10054). The strength
+    of the penalty, and the choice of the statistics, are made on every fourth image, which the fit has not seen.
+
+    **The temperature of the loss** (`label_temperature: 0`). A network that was trained to the end is surer than it is
+    right (Guo et al., arXiv 1706.04599). On images that differ from those it knows, its few confident errors then have
+    nearly all of the gradient, and fine-tuning begins by breaking what was learned. Dividing the outputs in the loss by
+    a temperature changes no answer, and gives every image its part again. It is one and a half times the one between
+    0.5 and 4 at which the cross-entropy of these images is lowest, and 1 for a classifier that was replaced.
 
     Args:
-        model: As it is before the first step; it is run in eval mode.
-        loader: The first batches of its first epoch are used, up to 2,048 images over all processes.
-        world: The processes that train together; all of them get the same number.
+        model: As it is before the first step. A fresh classifier is given weights; nothing else is changed.
+        loader: The first batches of its first epoch are used.
+        recipe: What it does not leave open stays. Without labels (`distill: 1`) batch norms use the batches'
+            statistics and the temperature is 1.
+        world: The processes that train together; all of them settle the same.
+        fresh: Names of the classifier's parameters, if it was replaced.
         compute: Makes the context in which the network runs, such as autocast.
 
     Returns:
-        One and a half times the temperature between 0.5 and 4 at which the cross-entropy of these images is lowest; 1
-        if none of them has a label.
+        The recipe with `batch_norm` and `label_temperature` settled.
     """
-    tried = torch.logspace(0, 1, _NUM_TRIED, base=_HIGHEST / _LOWEST, device=world.device) * _LOWEST
-    losses = torch.zeros(_NUM_TRIED, dtype=torch.float64, device=world.device)
-    count = torch.zeros((), dtype=torch.int64, device=world.device)
-    with set_training(model, False), torch.no_grad():
-        for images, labels in itertools.islice(loader.iterate(0, 0), -(-_NUM_IMAGES // loader.batch_size)):
+    settled = replace(
+        recipe,
+        batch_norm="train" if recipe.batch_norm == "auto" else recipe.batch_norm,
+        label_temperature=recipe.label_temperature or 1.0,
+    )
+    if recipe.distill == 1 or (settled == recipe and not fresh):
+        return settled
+    classifier = find_classifier(model, fresh, next(loader.iterate(0, 0))[0]) if fresh else None
+    if fresh and classifier is None:
+        return settled
+    fit = _fit_temperature if classifier is None else partial(_fit_penalty, classifier=classifier)
+    options: tuple[BatchNorm, ...] = (settled.batch_norm,)
+    if recipe.train == "gates":
+        options = ("frozen",)
+    elif recipe.batch_norm == "auto" and any(iterate_batch_norms(model)):
+        options = ("frozen", "train")
+    seen: dict[BatchNorm, tuple[Tensor, Tensor]] = {}
+    for option in options:
+        with set_training(model, False), _adapting(model, adapts=option != "frozen"), torch.no_grad():
+            seen[option] = _observe(model, classifier, loader, world, compute)
+        if not len(seen[option][1]):
+            return settled
+    fits = {option: fit(*observed) for option, observed in seen.items()}
+    best = min(fits, key=lambda option: fits[option][0])
+    _, found = fits[best]
+    if recipe.batch_norm == "auto" and recipe.train == "all":
+        settled = replace(settled, batch_norm=best)
+    if classifier is not None:
+        _set_classifier(classifier, *_fit_linear(*seen[best], classifier, found))
+    elif not recipe.label_temperature:
+        settled = replace(settled, label_temperature=_MARGIN * found)
+    return settled
+
+
+@contextmanager
+def _adapting(model: nn.Module, *, adapts: bool) -> Iterator[None]:
+    """Let batch norms use the statistics of each batch, and keep their own as they are."""
+    norms = [norm for norm in iterate_batch_norms(model) if adapts]
+    before = [bool(norm.track_running_stats) for norm in norms]
+    try:
+        for norm in norms:
+            norm.training, norm.track_running_stats = True, False  # type: ignore[assignment]  # torch's stubs
+        yield
+    finally:
+        for norm, tracks in zip(norms, before, strict=True):
+            norm.training, norm.track_running_stats = False, tracks  # type: ignore[assignment]  # torch's stubs
+
+
+def _observe(
+    model: nn.Module, classifier: Classifier | None, loader: TrainLoader, world: World, compute: Callable[[], Any]
+) -> tuple[Tensor, Tensor]:
+    """Observe what the classifier is given (N, channels), or else the outputs (N, classes), and the labels (N,)."""
+    seen, known = [], []
+    num = max(_NUM_IMAGES, 0 if classifier is None else _NUM_IMAGES_EACH * len(classifier.weight))
+    hook = None if classifier is None else classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        for images, labels in itertools.islice(loader.iterate(0, 0), -(-num // loader.batch_size)):
             with compute():
                 outputs = model(images)
-            outputs, targets = outputs[labels >= 0].float(), labels[labels >= 0]
-            losses += torch.stack([F.cross_entropy(outputs / t, targets, reduction="sum") for t in tried])
-            count += len(targets)
-    world.add_up(losses)
-    world.add_up(count)
-    return _MARGIN * float(tried[losses.argmin()]) if int(count) else 1.0
+            if classifier is None:
+                seen.append(outputs)
+            known.append(labels)
+    finally:
+        if hook is not None:
+            hook.remove()
+    observed = world.gather(torch.cat([item.flatten(1).float() for item in seen]))
+    labels = world.gather(torch.cat(known))
+    return observed[labels >= 0], labels[labels >= 0]
+
+
+def _fit_temperature(outputs: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Fit the temperature; gives the cross-entropy at it, and it."""
+    tried = [_LOWEST * (_HIGHEST / _LOWEST) ** (i / (_NUM_TRIED - 1)) for i in range(_NUM_TRIED)]
+    return min((float(F.cross_entropy(outputs / t, labels)), t) for t in tried)
+
+
+def _fit_penalty(features: Tensor, labels: Tensor, classifier: Classifier) -> tuple[float, float]:
+    """Fit a classifier to three of four images; gives the lowest cross-entropy of the others, and the penalty."""
+    is_held = torch.arange(len(labels), device=labels.device) % _HELD_BACK == 0
+    found = []
+    for penalty in _PENALTIES:
+        weight, bias = _fit_linear(features[~is_held], labels[~is_held], classifier, penalty)
+        loss = F.cross_entropy(F.linear(features[is_held], weight, bias), labels[is_held])
+        found.append((float(loss), penalty))
+    return min(found)
+
+
+def _fit_linear(
+    features: Tensor, labels: Tensor, classifier: Classifier, penalty: float
+) -> tuple[Tensor, Tensor | None]:
+    """Fit weights (classes, channels) and a bias, if the classifier has one, by logistic regression."""
+    has_bias = classifier.bias is not None
+    center = features.mean(0) if has_bias else torch.zeros_like(features[0])
+    scale = (features - center).square().mean().sqrt().clamp_min(1e-12)
+    inputs = (features - center) / scale
+    weight = inputs.new_zeros(len(classifier.weight), inputs.shape[1]).requires_grad_()
+    bias = inputs.new_zeros(len(weight)).requires_grad_(has_bias)
+    optimizer = torch.optim.LBFGS(
+        [weight, bias] if has_bias else [weight], max_iter=_NUM_ITERATIONS, line_search_fn="strong_wolfe"
+    )
+
+    def compute_loss() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + penalty / 2 * weight.square().sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimizer.step(compute_loss)  # type: ignore[no-untyped-call]
+    weight = weight.detach() / scale
+    return weight, bias.detach() - weight @ center if has_bias else None
+
+
+def _set_classifier(classifier: Classifier, weight: Tensor, bias: Tensor | None) -> None:
+    with torch.no_grad():
+        classifier.weight.copy_(weight.view_as(classifier.weight))
+        if classifier.bias is not None and bias is not None:
+            classifier.bias.copy_(bias)

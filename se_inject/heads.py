@@ -5,6 +5,7 @@ Takes a network, gives the number of its outputs, or replaces its last layer. Ch
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from se_inject.errors import DataError
 from se_inject.rewrite import blocks
 from se_inject.twin import get_device, get_dtype, get_first_line, set_training
+
+Classifier = nn.Linear | nn.Conv2d
 
 
 def count_outputs(model: nn.Module, size: tuple[int, int, int]) -> int:
@@ -74,6 +77,35 @@ def replace_head(model: nn.Module, num_outputs: int, num_classes: int) -> frozen
     for parameter in fresh.values():  # timm makes them on the CPU
         parameter.data = parameter.data.to(old.device, old.dtype)
     return frozenset(fresh)
+
+
+def find_classifier(model: nn.Module, fresh: Collection[str], images: Tensor) -> Classifier | None:
+    """Find the linear layer (or 1x1 convolution) whose outputs are the network's.
+
+    Args:
+        model: It is run in eval mode, and left as it is.
+        fresh: Names of the parameters among which to look.
+        images: (N, C, H, W), normalised.
+
+    Returns:
+        The layer; None if the last one is of another kind, or if something follows it.
+    """
+    layers = {model.get_submodule(name.rpartition(".")[0]) for name in fresh}
+    found: list[tuple[Classifier, Tensor]] = []
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+            found.append((layer, output))
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        with set_training(model, False), torch.no_grad():
+            outputs = model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    same = [layer for layer, output in found if output.flatten(1).equal(outputs)]
+    return same[0] if len(same) == 1 else None
 
 
 def _find_heads(model: nn.Module, num_outputs: int) -> list[str]:

@@ -22,7 +22,7 @@ from se_inject.errors import RecipeError
 DEFAULT_RECIPE = "short"
 _PACKAGE = Path(__file__).parent
 
-BatchNorm = Literal["train", "frozen", "sync"]
+BatchNorm = Literal["auto", "train", "frozen", "sync"]
 Precision = Literal["auto", "bf16", "fp32"]
 Crop = Literal["resized", "padded", "none"]
 Train = Literal["all", "gates"]
@@ -41,18 +41,19 @@ class Recipe:
         gates_lr: Peak learning rate of the blocks in these steps.
         lr: Peak learning rate of the backbone afterwards.
         se_lr: Peak learning rate of the blocks afterwards.
-        head_lr: Peak learning rate of a classifier that was replaced, which starts from random weights.
+        head_lr: Peak learning rate of a classifier that was replaced; it is fitted before the first step.
         warmup_share: The part of each stage's steps in which the rates rise from zero.
         min_lr_share: The rates at the end of the cosine, as a part of the peak.
         optimizer: A name of timm's `create_optimizer_v2`.
         momentum: Of optimizers that have one.
         weight_decay: Of everything but biases, norms and other vectors.
         clip: The gradient's norm is clipped to this; 0 is not at all.
-        batch_norm: "train" as usual; "frozen" keeps the statistics; "sync" computes them over all processes (CUDA).
+        batch_norm: "train" as usual; "frozen" keeps the statistics; "auto" is one of these, settled by the training
+            images before the first step (`calibrate`); "sync" computes them over all processes (CUDA).
         ema: Decay of the moving average of the weights, which is what is evaluated and written; 0 is none. It is lower
             in the first steps (timm's warm-up).
         label_temperature: Outputs are divided by it before they are compared with labels; 0 fits it to the training
-            images before the first step (`fit_temperature`), unless the classifier was replaced, which leaves 1. The
+            images before the first step (`calibrate`), unless the classifier was replaced, which leaves 1. The
             network that is written gives undivided outputs.
         smoothing: Label smoothing.
         mixup: Alpha of mixup; 0 is none.
@@ -81,14 +82,14 @@ class Recipe:
     gates_lr: float = 0.1
     lr: float = 0.01
     se_lr: float = 0.1
-    head_lr: float = 0.1
+    head_lr: float = 0.01
     warmup_share: float = 0.05
     min_lr_share: float = 0.01
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    clip: float = 0.0
-    batch_norm: BatchNorm = "train"
+    clip: float = 3.0
+    batch_norm: BatchNorm = "auto"
     ema: float = 0.99
     label_temperature: float = 0.0
     smoothing: float = 0.0

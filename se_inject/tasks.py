@@ -33,16 +33,10 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
     it takes timm's networks alone.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        teacher: nn.Module | None,
-        recipe: Recipe,
-        criterion: nn.Module,
-        label_temperature: float,
-    ) -> None:
+    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
         super().__init__(model, criterion, verbose=False)
-        self.weight, self.temperature, self.label_temperature = recipe.distill, recipe.temperature, label_temperature
+        self.weight, self.temperature = recipe.distill, recipe.temperature
+        self.label_temperature = recipe.label_temperature
         self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
@@ -64,13 +58,17 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
         return {"loss": loss, "output": output}
 
 
-def make_task(
-    model: nn.Module, recipe: Recipe, teacher: nn.Module | None, *, label_temperature: float
-) -> ClassificationTask:
-    """Make timm's task: the network with its loss; a teacher is needed where the recipe has `distill`."""
+def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
+    """Make timm's task: the network with its loss, at the temperature that the recipe was settled to.
+
+    Args:
+        model: What is trained.
+        recipe: From `calibrate`.
+        teacher: Is needed where the recipe has `distill`.
+    """
     mixes = bool(recipe.mixup or recipe.cutmix)
     criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
-    return DistillationTask(model, teacher, recipe, criterion, label_temperature)
+    return DistillationTask(model, teacher, recipe, criterion)
 
 
 def make_optimizer(

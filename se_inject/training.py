@@ -8,9 +8,10 @@ optimizers, schedules, mixup and the moving average.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from se_inject.calibration import fit_temperature
+from se_inject.calibration import calibrate
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import TrainingError
 from se_inject.groups import freeze_batch_norm
@@ -128,6 +129,7 @@ class _Run:
     def __init__(self, job: Job, folder: Path, log: RunLog, keep: Keep) -> None:
         self.job, self.folder, self.log, self.keep = job, folder, log, keep
         recipe, world = job.recipe, job.world
+        self.recipe = recipe  # settled before the first step
         self.model = job.model
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -135,7 +137,6 @@ class _Run:
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self.scores: Scores | None = None
-        self.temperature = 1.0
         self.optimizer_state: Mapping[str, Any] = {}
         self.seconds = 0.0
         self._bad_step = torch.full((), -1, dtype=torch.int64, device=world.device)
@@ -151,10 +152,13 @@ class _Run:
         if found is not None:
             self._restore(found)
         else:
-            self.temperature = self._choose_temperature()
+            with quote_memory("batch_size", self.recipe.batch_size):
+                self.recipe = calibrate(
+                    self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
+                )
         if not self.history:
             self._note(self._validate())
-        stages = list_stages(self.job.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
+        stages = list_stages(self.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
         with Signals() as signals:
             for stage in stages:
                 if self.step < stage.last:
@@ -162,19 +166,13 @@ class _Run:
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
 
-    def _choose_temperature(self) -> float:
-        job, recipe = self.job, self.job.recipe
-        if recipe.label_temperature:
-            return recipe.label_temperature
-        if recipe.distill == 1 or job.fresh:  # no labels are read; a classifier from random weights is sure of nothing
-            return 1.0
-        with quote_memory("batch_size", recipe.batch_size):
-            return fit_temperature(self.model, job.train, job.world, lambda: autocast(recipe, job.world))
+    def _compute(self) -> contextlib.AbstractContextManager[Any]:
+        return autocast(self.recipe, self.job.world)
 
     def _run_stage(self, stage: Stage, signals: Signals) -> None:
-        job, recipe = self.job, self.job.recipe
+        job, recipe = self.job, self.recipe
         is_frozen = set_learning(self.model, stage, job.fresh, recipe)
-        task = make_task(job.model, recipe, job.teacher, label_temperature=self.temperature)
+        task = make_task(job.model, recipe, job.teacher)
         if job.compiled:
             task.compile()
         if job.world.size > 1:
@@ -205,7 +203,7 @@ class _Run:
     def _take_step(
         self, task: ClassificationTask, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor
     ) -> Tensor:
-        recipe, world = self.job.recipe, self.job.world
+        recipe, world = self.recipe, self.job.world
         seed_all(recipe.seed, self.step, world.rank)
         if recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -214,7 +212,7 @@ class _Run:
         if self._mix is not None:
             even = len(images) // 2 * 2  # timm mixes pairs
             images, labels = self._mix(images[:even], labels[:even].clamp_min(0))
-        with autocast(recipe, world):
+        with self._compute():
             loss: Tensor = task(images, labels)["loss"]
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -251,13 +249,13 @@ class _Run:
             job.train.bad.share(job.world)
             job.train.bad.check()
         # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are.
-        if is_alone and time.monotonic() - self._saved_at > 60 * job.recipe.checkpoint_minutes:
+        if is_alone and time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes:
             self._save(stage, optimizer)
         asked = torch.tensor(int(signals.is_asked), device=job.world.device)
         return bool(job.world.add_up(asked))  # all of them stop at the same step
 
     def _compute_rate(self) -> float:
-        return self.step * self.job.recipe.batch_size / self.seconds if self.seconds else 0.0
+        return self.step * self.recipe.batch_size / self.seconds if self.seconds else 0.0
 
     def _check_loss(self) -> None:
         """Refuse to go on with a loss that is no number; what is on disk is from before."""
@@ -265,8 +263,8 @@ class _Run:
         if int(bad):
             raise TrainingError(
                 f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
-                f"good checkpoint is kept in {self.folder}; try --set lr={self.job.recipe.lr / 10:g} --set "
-                f"se_lr={self.job.recipe.se_lr / 10:g}, or --set clip=1"
+                f"good checkpoint is kept in {self.folder}; try --set lr={self.recipe.lr / 10:g} --set "
+                f"se_lr={self.recipe.se_lr / 10:g}, or --set clip=1"
             )
 
     def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
@@ -287,15 +285,15 @@ class _Run:
         self.log.begin_validation(job.val.num_batches)
         return evaluate(
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
-            teacher=None if job.is_labelled else job.teacher, temperature=self.temperature,
-            compute=lambda: autocast(job.recipe, job.world), on_batch=lambda _: self.log.advance_validation(),
-            memory=quote_memory("batch_size", job.recipe.batch_size),
+            teacher=None if job.is_labelled else job.teacher, temperature=self.recipe.label_temperature,
+            compute=self._compute, on_batch=lambda _: self.log.advance_validation(),
+            memory=quote_memory("batch_size", self.recipe.batch_size),
         )  # fmt: skip
 
     def _note(self, scores: Scores) -> None:
         epoch = self.step / self.job.train.num_steps
         values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
-                  "label_temperature": self.temperature}  # fmt: skip
+                  "batch_norm": self.recipe.batch_norm, "label_temperature": self.recipe.label_temperature}  # fmt: skip
         is_best = all(scores.top1 > item["top1"] for item in self.history if item["step"])
         self.history.append(values)
         self.scores = scores
@@ -323,6 +321,9 @@ class _Run:
         if self.ema is not None and found.ema is not None:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
-        self.seconds, self.temperature = found.seconds, found.history[0]["label_temperature"]
+        self.seconds, settled = found.seconds, found.history[0]
+        self.recipe = replace(
+            self.recipe, batch_norm=settled["batch_norm"], label_temperature=settled["label_temperature"]
+        )
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()

@@ -47,6 +47,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Gather tensors (N, ...) of equal shapes from all processes into one (N * size, ...), the same in all."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts, 1).flatten(0, 1)
+
     def wait(self) -> None:
         """Wait until all processes are here."""
         if self.size > 1:

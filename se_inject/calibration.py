@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,18 +71,15 @@ def calibrate(
     Returns:
         The recipe with `batch_norm` and `label_temperature` settled.
     """
-    settled = replace(
-        recipe,
-        batch_norm="train" if recipe.batch_norm == "auto" else recipe.batch_norm,
-        label_temperature=recipe.label_temperature or 1.0,
-    )
-    if recipe.distill == 1 or (settled == recipe and not fresh):
-        return settled
+    usual = recipe.settle("train", 1.0)
+    is_settled = recipe.batch_norm != "auto" and recipe.label_temperature
+    if recipe.distill == 1 or (is_settled and not fresh):
+        return usual
     classifier = find_classifier(model, fresh, next(loader.iterate(0, 0))[0]) if fresh else None
     if fresh and classifier is None:
-        return settled
+        return usual
     fit = _fit_temperature if classifier is None else partial(_fit_penalty, classifier=classifier)
-    options: tuple[BatchNorm, ...] = (settled.batch_norm,)
+    options: tuple[BatchNorm, ...] = (usual.batch_norm,)
     if recipe.train == "gates":
         options = ("frozen",)
     elif recipe.batch_norm == "auto" and any(iterate_batch_norms(model)):
@@ -93,17 +89,14 @@ def calibrate(
         with set_training(model, False), _adapting(model, adapts=option != "frozen"), torch.no_grad():
             seen[option] = _observe(model, classifier, loader, world, compute)
         if not len(seen[option][1]):
-            return settled
+            return usual
     fits = {option: fit(*observed) for option, observed in seen.items()}
     best = min(fits, key=lambda option: fits[option][0])
     _, found = fits[best]
-    if recipe.batch_norm == "auto" and recipe.train == "all":
-        settled = replace(settled, batch_norm=best)
-    if classifier is not None:
-        _set_classifier(classifier, *_fit_linear(*seen[best], classifier, found))
-    elif not recipe.label_temperature:
-        settled = replace(settled, label_temperature=_MARGIN * found)
-    return settled
+    if classifier is None:
+        return recipe.settle(best, _MARGIN * found)
+    _set_classifier(classifier, *_fit_linear(*seen[best], classifier, found))
+    return recipe.settle(best, 1.0)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -44,7 +44,8 @@ class Recipe:
         head_lr: Peak learning rate of a classifier that was replaced; it is fitted before the first step.
         warmup_share: The part of each stage's steps in which the rates rise from zero.
         min_lr_share: The rates at the end of the cosine, as a part of the peak.
-        optimizer: A name of timm's `create_optimizer_v2`.
+        optimizer: A name of timm's `create_optimizer_v2`; "auto" is SGD, or where everything learns while batch norms
+            keep their statistics, AdamW at 0.03 of all rates, which then rise in at least 0.3 of the steps.
         momentum: Of optimizers that have one.
         weight_decay: Of everything but biases, norms and other vectors.
         clip: The gradient's norm is clipped to this; 0 is not at all.
@@ -85,7 +86,7 @@ class Recipe:
     head_lr: float = 0.01
     warmup_share: float = 0.05
     min_lr_share: float = 0.01
-    optimizer: str = "sgd"
+    optimizer: str = "auto"
     momentum: float = 0.9
     weight_decay: float = 1e-4
     clip: float = 3.0
@@ -110,12 +111,35 @@ class Recipe:
     workers: int = 2
     checkpoint_minutes: float = 5.0
 
+    def settle(self, batch_norm: BatchNorm, label_temperature: float) -> Recipe:
+        """Fill in what the recipe leaves to the images; what it does not leave open stays.
+
+        A convolution in front of a batch norm that uses the batch's statistics may be scaled as one likes, so that SGD
+        finds a rate for each by itself. Statistics that are kept do not balance the layers; Adam does.
+        """
+        settled = replace(
+            self,
+            batch_norm=batch_norm if self.batch_norm == "auto" else self.batch_norm,
+            label_temperature=self.label_temperature or label_temperature,
+        )
+        if self.optimizer != "auto":
+            return settled
+        if self.train == "gates" or settled.batch_norm != "frozen":
+            return replace(settled, optimizer="sgd")
+        rates = {key: _ADAM * getattr(self, key) for key in _RATES}
+        return replace(settled, optimizer="adamw", warmup_share=max(self.warmup_share, _ADAM_WARMUP), **rates)
+
     def to_values(self) -> dict[str, Any]:
         """Turn into plain values, for a file."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
 
 _POSITIVE = ("epochs", "batch_size", "temperature", "checkpoint_minutes")
+_RATES = ("gates_lr", "lr", "se_lr", "head_lr")
+_ADAM = 0.03
+"""Adam's rates as a part of SGD's with momentum."""
+_ADAM_WARMUP = 0.3
+"""Adam's first steps are as long as the rate, however small the gradient; nine steps without this lost 5 points."""
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")
 _KEYS = {f.name: f for f in fields(Recipe)}
 
@@ -242,8 +266,8 @@ def _find_out_of_range(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("ema") == 1:
         yield "ema", "a number below 1; at 1 the average never moves"
     if "optimizer" in values and not _knows_optimizer(values["optimizer"]):
-        yield "optimizer", "a name of timm.optim.list_optimizers()"
+        yield "optimizer", "auto or a name of timm.optim.list_optimizers()"
 
 
 def _knows_optimizer(name: str) -> bool:
-    return name.lower() in list_optimizers()
+    return name == "auto" or name.lower() in list_optimizers()

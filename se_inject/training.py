@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -263,8 +263,8 @@ class _Run:
         if int(bad):
             raise TrainingError(
                 f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
-                f"good checkpoint is kept in {self.folder}; try --set lr={self.recipe.lr / 10:g} --set "
-                f"se_lr={self.recipe.se_lr / 10:g}, or --set clip=1"
+                f"good checkpoint is kept in {self.folder}; try --set lr={self.job.recipe.lr / 10:g} --set "
+                f"se_lr={self.job.recipe.se_lr / 10:g}, or --set clip=1"
             )
 
     def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
@@ -322,8 +322,6 @@ class _Run:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
         self.seconds, settled = found.seconds, found.history[0]
-        self.recipe = replace(
-            self.recipe, batch_norm=settled["batch_norm"], label_temperature=settled["label_temperature"]
-        )
+        self.recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"])
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()

@@ -7,7 +7,7 @@ arm or both, and writes what they end with. The stages below do the work.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from se_inject.files import check_target
 from se_inject.heads import count_outputs
 from se_inject.loaders import EvalLoader
 from se_inject.reading import seed_all
+from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import Scores, evaluate
@@ -112,8 +113,18 @@ def finetune(
                 for seed, arm in experiment.runs
             }
             draw_curves(runs, request.folder / CURVES)
+    notes += _describe_settled(recipe, start.fresh, results[0])
     difference = compare(results) if request.has_control else None
     return Tuned(results, difference, request.out, request.folder, notes)
+
+
+def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) -> Iterator[str]:
+    """Say what the training images settled before the first step, where a user would not expect it."""
+    if fresh:
+        yield "the classifier was replaced and fitted to the network's features; accuracy before is with the fitted one"
+    is_open = recipe.batch_norm == "auto" and recipe.train == "all"
+    if is_open and result.history[0]["batch_norm"] == "frozen":
+        yield "batch norms kept their statistics, which fit these images better than those of a batch"
 
 
 def is_fresh(model: nn.Module) -> bool:

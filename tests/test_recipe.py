@@ -44,7 +44,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
         "epochs is 0.0; expected a number above 0",
         "scale is (0.9, 0.1); expected two numbers above 0, the smaller first",
         "batch_size is 1.5; expected a whole number",
-        "optimizer is 'sdg'; expected a name of timm.optim.list_optimizers()",
+        "optimizer is 'sdg'; expected auto or a name of timm.optim.list_optimizers()",
         "ema is 1.0; expected a number below 1",
         "unknown key 'smothing', did you mean smoothing?",
         "crop is 'random'; expected one of resized, padded, none",

@@ -28,6 +28,9 @@ from tests.digits import DigitNet, write_digits
 FORM = InputFormat((1, 8, 8), (0.3,), (0.3,))
 SMALL = Recipe(
     label_temperature=1.0,
+    batch_norm="train",
+    optimizer="sgd",
+    clip=0,
     smoothing=0.1,
     gates_share=0.1,
     epochs=2,

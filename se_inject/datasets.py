@@ -7,7 +7,6 @@ names of the classes. timm reads; what is ours is the split of a single folder a
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import json
@@ -22,6 +21,15 @@ from timm.data import create_dataset
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from se_inject.contents import (
+    count_classes,
+    count_images,
+    count_unlisted_classes,
+    has_labels,
+    list_classes,
+    list_names,
+    list_targets,
+)
 from se_inject.errors import DataError
 from se_inject.files import write_whole
 
@@ -60,7 +68,7 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """Turn into plain values that tell one set of images from another."""
-        names = [_list_names(part) for part in (self.train, self.val) if part is not None]
+        names = [list_names(part) for part in (self.train, self.val) if part is not None]
         digest = hashlib.sha256(json.dumps([names, self.classes]).encode()).hexdigest()[:16]
         return {"origin": self.origin, "num_classes": self.num_classes, "sizes": [*map(count_images, self.parts)],
                 "digest": digest}  # fmt: skip
@@ -111,16 +119,16 @@ def open_data(
     if is_evaluation:
         images = _open_folder(val or root, mode)
         _check_labels(val or root, images)
-        return _check(Data(None, images, _list_classes(images), _count_classes(images), str(val or root)))
+        return _check(Data(None, images, list_classes(images), count_classes(images), str(val or root)))
     if train is None or val is None:
         return _check(_split_folder(root, mode, seed, may_be_unlabelled=may_be_unlabelled))
     images, other_images = _open_folder(train, mode), _open_folder(val, mode)
     if not may_be_unlabelled:
         _check_labels(train, images)
         _check_labels(val, other_images)
-    if _has_labels(images) and _has_labels(other_images):
+    if has_labels(images) and has_labels(other_images):
         _compare_classes(train, images, val, other_images)
-    return _check(Data(images, other_images, _list_classes(other_images), _count_classes(other_images), name))
+    return _check(Data(images, other_images, list_classes(other_images), count_classes(other_images), name))
 
 
 def _find_part(root: Path, names: Sequence[str]) -> Path | None:
@@ -136,53 +144,8 @@ def write_split(data: Data, folder: Path) -> None:
         ArtifactError: The file cannot be written.
     """
     if data.split is not None and data.train is not None:
-        values = {"root": data.origin, "train": _list_names(data.train), "val": _list_names(data.val)}
+        values = {"root": data.origin, "train": list_names(data.train), "val": list_names(data.val)}
         write_whole(folder / SPLIT_FILE, lambda file: file.write(json.dumps(values, indent=1).encode()))
-
-
-def count_images(images: Dataset[Any]) -> int:
-    """Count the images of a set, of a stream those of all processes; one that does not say is an error.
-
-    Raises:
-        DataError: The stream does not say how many there are.
-    """
-    if not isinstance(images, IterableDataset):
-        return len(images)  # type: ignore[arg-type]
-    num = int(getattr(getattr(images, "reader", None), "num_samples", None) or 0)
-    if not num:
-        raise DataError(
-            "the stream does not say how many images it has; add |N to its split, as in 'train-{0..9}.tar|N'"
-        )
-    return num
-
-
-def copy_stream(images: IterableDataset[Any]) -> Any:
-    """Copy a stream of timm's that has not been read: one that was read once takes no other number of workers."""
-    copied = copy.copy(images)
-    vars(copied)["reader"] = copy.copy(vars(images)["reader"])
-    return copied
-
-
-def get_name(images: Dataset[Any], index: int) -> str:
-    """Return the path of an image where it has one, or else its number."""
-    if isinstance(images, Subset):
-        return get_name(images.dataset, images.indices[index])
-    reader, samples = getattr(images, "reader", None), getattr(images, "samples", None)
-    if reader is not None:
-        return str(reader.filename(index, absolute=True))
-    return str(samples[index][0]) if isinstance(samples, list) else f"image {index}"
-
-
-def list_targets(images: Dataset[Any]) -> list[int] | None:
-    """List the labels of a set without decoding images; None where that is not known."""
-    if isinstance(images, Subset):
-        targets = list_targets(images.dataset)
-        return None if targets is None else [targets[i] for i in images.indices]
-    samples = getattr(getattr(images, "reader", None), "samples", None)
-    if isinstance(samples, list):
-        return [target for _, target in samples]
-    labels = torch.as_tensor(getattr(images, "targets", ()))
-    return [int(label) for label in labels] if len(labels) and labels.ndim == 1 else None
 
 
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
@@ -239,10 +202,10 @@ def _open_named(
             name, split, {**options, "is_training": part == "train", "seed": seed, "download": download}, mode
         )
     val = opened["val"]
-    classes, targets = _list_classes(val), list_targets(val)
+    classes, targets = list_classes(val), list_targets(val)
     num = len(classes) if classes else 1 + max(targets) if targets else 0
     if not num:
-        num = _count_streamed(val)
+        num = count_unlisted_classes(val)
     return _check(Data(opened.get("train"), val, classes, num, name))
 
 
@@ -265,18 +228,6 @@ def _create(name: str, split: str, options: dict[str, Any], mode: str) -> Datase
     return images
 
 
-def _count_streamed(images: Dataset[Any]) -> int:
-    """Count the classes of a set that does not list them, by going through its labels once."""
-    reader: Any = getattr(images, "reader", None)
-    if isinstance(images, IterableDataset):
-        targets = (item[1] for item in copy_stream(images))
-    elif hasattr(reader, "iter_targets"):
-        targets = reader.iter_targets()
-    else:
-        targets = (images[i][1] for i in range(count_images(images)))
-    return 1 + max((int(target) for target in targets), default=-1)
-
-
 def _split_folder(root: Path, mode: str, seed: int, *, may_be_unlabelled: bool) -> Data:
     """Split a folder class by class, so that each class has its part on both sides."""
     images = _open_folder(root, mode)
@@ -296,7 +247,7 @@ def _split_folder(root: Path, mode: str, seed: int, *, may_be_unlabelled: bool) 
     if not val:
         raise DataError(f"{root} has one image a class, which leaves none to validate on; give train/ and val/")
     parts = Subset(images, train), Subset(images, val)
-    return Data(*parts, _list_classes(images), _count_classes(images), str(root), (train, val))
+    return Data(*parts, list_classes(images), count_classes(images), str(root), (train, val))
 
 
 def _check(data: Data) -> Data:
@@ -311,45 +262,16 @@ def _check(data: Data) -> Data:
 
 
 def _check_labels(folder: Path, images: Dataset[Any]) -> None:
-    if not _has_labels(images):
+    if not has_labels(images):
         raise DataError(f"the images of {folder} lie in no folders of classes; expected {folder}/CLASS/IMAGE")
 
 
 def _compare_classes(train: Path, images: Dataset[Any], val: Path, other: Dataset[Any]) -> None:
-    ours, theirs = (set(_list_classes(x) or ()) for x in (images, other))
+    ours, theirs = (set(list_classes(x) or ()) for x in (images, other))
     if ours != theirs:
         sides = ((train, ours - theirs), (val, theirs - ours))
         found = "; ".join(f"only in {f.name}/: {_shorten(sorted(names))}" for f, names in sides if names)
         raise DataError(f"the classes of {train} and {val} differ, {found}; both need the same folders")
-
-
-def _has_labels(images: Dataset[Any]) -> bool:
-    return _count_classes(images) > 0
-
-
-def _list_classes(images: Dataset[Any]) -> tuple[str, ...] | None:
-    """List the names of classes; torchvision's sets can have several for a class, timm's reader none at all."""
-    classes = getattr(images, "classes", None)
-    if classes:
-        return tuple(name if isinstance(name, str) else ", ".join(name) for name in classes)
-    indices = getattr(getattr(images, "reader", None), "class_to_idx", None)
-    if not indices or set(indices) == {""}:
-        return None
-    return tuple(sorted(indices, key=indices.__getitem__))
-
-
-def _count_classes(images: Dataset[Any]) -> int:
-    return len(_list_classes(images) or ())
-
-
-def _list_names(images: Dataset[Any]) -> list[str]:
-    """List what tells images apart: paths, or their number alone where there are none."""
-    if isinstance(images, Subset):
-        names = _list_names(images.dataset)
-        return [names[i] for i in images.indices] if names else [str(i) for i in images.indices]
-    reader = getattr(images, "reader", None)
-    samples = getattr(reader, "samples", None)
-    return [str(sample[0]) for sample in samples] if isinstance(samples, list) else []
 
 
 def _shorten(names: Sequence[str], num: int = 5) -> str:

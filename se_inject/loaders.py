@@ -18,7 +18,8 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from se_inject.datasets import Data, copy_stream, count_images
+from se_inject.contents import copy_stream, count_images
+from se_inject.datasets import Data
 from se_inject.errors import DataError
 from se_inject.formats import InputFormat, Transform, make_eval_transform, make_train_transform
 from se_inject.reading import NO_LABEL, BadImages, Images, Key, refuse_label, seed_all

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
-from se_inject.datasets import count_images, get_name
+from se_inject.contents import count_images, get_name
 from se_inject.errors import DataError
 from se_inject.formats import Transform, convert_image
 from se_inject.world import World

@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 
-from se_inject.datasets import count_images, get_name, list_targets, open_data, write_split
+from se_inject.contents import count_images, get_name, list_classes, list_targets
+from se_inject.datasets import open_data, write_split
 from se_inject.errors import DataError
 from tests.images_on_disk import make_folder, make_image, make_shards, make_two_folders
 
@@ -281,12 +282,10 @@ def test_torchvisions_folders_have_paths_for_names(tmp_path):
 
 
 def test_classes_with_several_names_are_counted_once():
-    from se_inject.datasets import _list_classes
-
     images = FakeData(2)
     images.classes = [("tench", "Tinca tinca"), ("crane",), ("crane", "bird")]  # as torchvision's ImageNet
     images.class_to_idx = {"tench": 0, "Tinca tinca": 0, "crane": 2, "bird": 2}
-    assert _list_classes(images) == ("tench, Tinca tinca", "crane", "crane, bird")
+    assert list_classes(images) == ("tench, Tinca tinca", "crane", "crane, bird")
 
 
 def test_a_set_that_is_not_there_is_refused(tmp_path):

@@ -12,7 +12,8 @@ from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from se_inject.datasets import Data, get_name, open_data
+from se_inject.contents import get_name
+from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError
 from se_inject.formats import InputFormat, convert_image, make_eval_transform, make_train_transform, read_format
 from se_inject.images import make_transform

@@ -10,24 +10,20 @@ import difflib
 import importlib
 import inspect
 import os
-import socket
 import sys
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
-from urllib.parse import urlsplit
 
 from torch import Tensor, nn
 
+from se_inject.downloads import fetch
 from se_inject.errors import SourceError
 from se_inject.files import read_state_dict
 
 Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
-_NO_NETWORK = "give --weights FILE to load them from a file, or --no-pretrained for random ones"
 
 
 @dataclass(frozen=True)
@@ -199,7 +195,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num
 def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> Network:  # noqa: FBT001
     import timm
 
-    model = _fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
+    model = fetch(lambda: timm.create_model(name, pretrained=pretrained, **options), f"timm:{name}")
     config = getattr(model, "pretrained_cfg", None) or {}
     weights = name if ":" in name else config.get("hf_hub_id") or config.get("url") or name
     architecture = config.get("architecture", name)
@@ -214,7 +210,7 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> Network:
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    model: nn.Module = _fetch(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
+    model: nn.Module = fetch(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
     return model
 
 
@@ -235,7 +231,7 @@ def _open_torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> N
     if weights is None:
         model = _build_torchvision(name, options)
         return Network(model, Source("torchvision", name, {**options, **_read_torchvision_options(model)}))
-    model = _fetch(lambda: torchvision.models.get_model(name, weights=weights), f"torchvision:{name}")
+    model = fetch(lambda: torchvision.models.get_model(name, weights=weights), f"torchvision:{name}")
     options |= _read_torchvision_options(model)
     if num_classes is not None:
         state = model.state_dict()
@@ -253,9 +249,7 @@ def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         options = {"weights_backbone": None, **options}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False, **options}  # their own initialisation takes a minute, and warns
-    model: nn.Module = _fetch(
-        lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}"
-    )
+    model: nn.Module = fetch(lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}")
     return model
 
 
@@ -323,39 +317,3 @@ def _find_factory(name: str) -> Any:
 
 def _format_options(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in options.items())
-
-
-def _fetch(create: Callable[[], Any], name: str) -> Any:
-    try:
-        with _offline_if_unreachable():
-            return create()
-    except OSError as error:  # what the hub and urllib raise without a network
-        raise SourceError(
-            f"the weights of {name} could not be fetched ({_get_sentence(error)}); {_NO_NETWORK}"
-        ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        sentence = _get_sentence(error)
-        hint = f"; {_NO_NETWORK}" if "pretrained" in sentence else ""
-        raise SourceError(f"{name} cannot be built: {sentence}{hint}") from error
-
-
-def _get_sentence(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.partition(". ")[0].rstrip(".")
-
-
-@contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
-    """Where the hub's name cannot be resolved, let its client go to the cache at once instead of retrying for 20 s."""
-    import huggingface_hub.constants as hub
-
-    before = hub.HF_HUB_OFFLINE
-    if not before and not urllib.request.getproxies():
-        try:
-            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
-        except OSError:
-            hub.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        hub.HF_HUB_OFFLINE = before

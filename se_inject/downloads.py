@@ -1,0 +1,63 @@
+"""Downloads: fetch a network's weights, and say plainly why they did not come.
+
+Takes a function of timm's or torchvision's that makes a network, gives what it gives. The libraries do the work.
+"""
+
+from __future__ import annotations
+
+import socket
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from se_inject.errors import SourceError
+
+NO_NETWORK = "give --weights FILE to load them from a file, or --no-pretrained for random ones"
+
+
+def fetch(create: Callable[[], Any], name: str) -> Any:
+    """Make a network, with its weights from the library's hub.
+
+    Args:
+        create: Makes it.
+        name: The network's, for people.
+
+    Raises:
+        SourceError: The weights cannot be fetched, or the network cannot be built.
+    """
+    try:
+        with _offline_if_unreachable():
+            return create()
+    except OSError as error:  # what the hub and urllib raise without a network
+        raise SourceError(
+            f"the weights of {name} could not be fetched ({_get_sentence(error)}); {NO_NETWORK}"
+        ) from error
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        sentence = _get_sentence(error)
+        hint = f"; {NO_NETWORK}" if "pretrained" in sentence else ""
+        raise SourceError(f"{name} cannot be built: {sentence}{hint}") from error
+
+
+def _get_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or its type where it has none."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.partition(". ")[0].rstrip(".")
+
+
+@contextmanager
+def _offline_if_unreachable() -> Iterator[None]:
+    """Where the hub's name cannot be resolved, let its client go to the cache at once instead of retrying for 20 s."""
+    import huggingface_hub.constants as hub
+
+    before = hub.HF_HUB_OFFLINE
+    if not before and not urllib.request.getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(hub.ENDPOINT).hostname, 443)
+        except OSError:
+            hub.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE = before

@@ -5,11 +5,14 @@ Takes feature maps, gives the same maps with every channel scaled by its gate. K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from se_inject.lean import Link, is_lean, scale_map, squeeze_map
 
 GAIN = 2.0
 """The factor before the sigmoid: `2 * sigmoid(0)` is exactly 1 in every float format, where the sigmoid is steepest."""
@@ -107,28 +110,47 @@ class SqueezeExcite(nn.Module):
 
     def compute_gate(self, *maps: Tensor) -> Tensor:
         """Compute the gate (N, C) of maps (N, C_i, ...), joined along C."""
+        return self._excite([x.mean(self._dims) if self.squeeze == "mean" else x.amax(self._dims) for x in maps])
+
+    def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Scale one map, or several that are squeezed together; see the class for the shapes."""
+        if self.squeeze == "mean" and all(map(is_lean, maps)):
+            scaled = self._scale_leanly(maps)
+        else:
+            scaled = [x * gate for x, gate in zip(maps, self._split(self.compute_gate(*maps), maps), strict=True)]
+        return scaled[0] if len(scaled) == 1 else tuple(scaled)
+
+    def _scale_leanly(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+        links = [Link(self._dims) for _ in maps]
+        squeezed = [squeeze_map(x, link) for x, link in zip(maps, links, strict=True)]
+        gates = self._split(self._excite([mean for mean, _ in squeezed]), maps)
+        return [
+            scale_map(again, x, gate, link)
+            for (_, again), x, gate, link in zip(squeezed, maps, gates, links, strict=True)
+        ]
+
+    @property
+    def _dims(self) -> tuple[int, ...]:
         first = 2 if self.channel_dim == 1 else 1
-        dims = tuple(range(first, first + self.num_spatial))
-        squeezed = [x.mean(dims) if self.squeeze == "mean" else x.amax(dims) for x in maps]
-        z = squeezed[0] if len(squeezed) == 1 else torch.cat(squeezed, 1)
+        return tuple(range(first, first + self.num_spatial))
+
+    def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
+        z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
         excited = self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1)
         if self.gate == "tanh":
             return 1 + torch.tanh(excited)
         return self.gain * (torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited))
 
-    def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Scale one map, or several that are squeezed together; see the class for the shapes."""
-        gate = self.compute_gate(*maps)
-        if len(maps) == 1:
-            return self._scale(maps[0], gate)
-        gates = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
-        return tuple(self._scale(x, part) for x, part in zip(maps, gates, strict=True))
+    def _split(self, gate: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Split the gate (N, C) among the maps, each with its map's dimensions and type.
 
-    def _scale(self, x: Tensor, gate: Tensor) -> Tensor:
+        Under autocast gate and map can differ in type; without the cast the product would be promoted.
+        """
+        sizes = [x.shape[self.channel_dim] for x in maps]
+        gates = [gate] if len(maps) == 1 else list(torch.split(gate, sizes, 1))
         for _ in range(self.num_spatial):
-            gate = gate.unsqueeze(-1 if self.channel_dim == 1 else 1)
-        # Under autocast the gate and a map can differ in dtype; without the cast the product would be promoted.
-        return x * gate.to(x.dtype)
+            gates = [part.unsqueeze(-1 if self.channel_dim == 1 else 1) for part in gates]
+        return [part.to(x.dtype) for part, x in zip(gates, maps, strict=True)]
 
     def extra_repr(self) -> str:
         """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""

@@ -1,0 +1,230 @@
+"""The block's training: the same numbers as plain autograd's, with fewer passes over the map."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from se_inject import SqueezeExcite
+from se_inject.lean import sum_products
+
+LAYOUTS = {
+    "contiguous": ((3, 16, 12, 11), {}, None),
+    "few positions": ((3, 16, 3, 2), {}, None),
+    "channels_last": ((3, 16, 12, 11), {}, torch.channels_last),
+    "channels_last, few positions": ((3, 16, 3, 2), {}, torch.channels_last),
+    "one dimension": ((3, 16, 120), {"num_spatial": 1}, None),
+    "three dimensions": ((2, 16, 5, 6, 7), {"num_spatial": 3}, None),
+    "channels_last_3d": ((2, 16, 5, 6, 7), {"num_spatial": 3}, torch.channels_last_3d),
+    "(N, H, W, C)": ((3, 12, 11, 16), {"channel_dim": -1}, None),
+    "(N, L, C)": ((3, 120, 16), {"num_spatial": 1, "channel_dim": -1}, None),
+}
+
+
+def make_block(channels=16, dtype=torch.float64, **options):
+    torch.manual_seed(0)
+    block = SqueezeExcite(channels, 4, dtype=dtype, **options)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return block
+
+
+def make_map(layout, dtype=torch.float64, seed=1):
+    shape, options, memory = LAYOUTS[layout]
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return (x if memory is None else x.contiguous(memory_format=memory)).requires_grad_(), options
+
+
+def compute_plainly(block, *maps):
+    """What the class says, written down with torch's own operators."""
+    gates = block._split(block.compute_gate(*maps), maps)
+    scaled = tuple(x * gate for x, gate in zip(maps, gates, strict=True))
+    return scaled if len(scaled) > 1 else scaled[0]
+
+
+def differentiate(function, block, maps, grads):
+    outputs = function(*maps)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    wanted = [*(x for x in maps if x.requires_grad), *(p for p in block.parameters() if p.requires_grad)]
+    return outputs, torch.autograd.grad(outputs, wanted, grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("gate", ["sigmoid", "hard_sigmoid", "tanh"])
+def test_gradients_are_those_of_plain_autograd(layout, gate):
+    x, options = make_map(layout)
+    block = make_block(gate=gate, **options)
+    grad = make_map(layout, seed=2)[0].detach()
+    (lean,), found = differentiate(block, block, [x], [grad])
+    (plain,), expected = differentiate(lambda x: compute_plainly(block, x), block, [x], [grad])
+    assert torch.equal(lean, plain)
+    assert lean.stride() == plain.stride()
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_maps_that_are_squeezed_together_have_theirs():
+    maps = [make_map("contiguous", seed=i)[0] for i in range(3)]
+    grads = [make_map("contiguous", seed=10 + i)[0].detach() for i in range(3)]
+    block = make_block(48)
+    outputs, found = differentiate(block, block, maps, grads)
+    plain, expected = differentiate(lambda *maps: compute_plainly(block, *maps), block, maps, grads)
+    assert all(map(torch.equal, outputs, plain))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", ["map", "block", "gate"])
+def test_what_is_frozen_needs_no_gradient(frozen):
+    x, _ = make_map("contiguous")
+    block = make_block()
+    if frozen == "map":
+        x = x.detach()
+    else:
+        block.requires_grad_(False)
+        block.fc1.weight.requires_grad_(frozen == "gate")
+    grad = torch.ones_like(x)
+    _, found = differentiate(block, block, [x], [grad])
+    _, expected = differentiate(lambda x: compute_plainly(block, x), block, [x], [grad])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_gradient_that_is_expanded_or_sliced_is_taken():
+    x, _ = make_map("channels_last")
+    block = make_block()
+    expected = torch.autograd.grad(compute_plainly(block, x)[:, :, ::2].sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(block(x)[:, :, ::2].sum(), x), expected)
+
+
+@pytest.mark.parametrize("layout", ["few positions", "channels_last, few positions"])
+def test_first_and_second_derivatives_are_right(layout):
+    x, _ = make_map(layout)
+    block = make_block()
+    names = [name for name, _ in block.named_parameters()]
+
+    def run(x, *values):
+        return torch.func.functional_call(block, dict(zip(names, values, strict=True)), (x,))
+
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in block.parameters()))
+    assert gradcheck(run, inputs)
+    assert gradgradcheck(run, inputs)
+
+
+def test_a_penalty_on_the_gradient_adds_to_the_loss():
+    """Here first and second derivatives meet in one backward pass."""
+    x, _ = make_map("contiguous")
+    block = make_block()
+
+    def compute_loss(function):
+        y = function(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return y.sum() + grad.square().sum()
+
+    wanted = [x, *block.parameters()]
+    found = torch.autograd.grad(compute_loss(block), wanted)
+    expected = torch.autograd.grad(compute_loss(lambda x: compute_plainly(block, x)), wanted)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_two_backward_passes_over_one_graph_add_up():
+    x, _ = make_map("contiguous")
+    block = make_block()
+    y = block(x)
+    y.sum().backward(retain_graph=True)
+    once = x.grad.clone()
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * once)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_gives_the_same(reentrant):
+    x, _ = make_map("contiguous")
+    block = make_block()
+    (expected,) = torch.autograd.grad(block(x).square().sum(), x)
+    checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bf16_sums_in_fp32(layout):
+    x, _ = make_map(layout, torch.bfloat16)
+    other, _ = make_map(layout, torch.bfloat16, seed=2)
+    found = sum_products(x.detach(), other.detach(), (2, 3))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), (x.double() * other.double()).sum((2, 3)), rtol=1e-5, atol=1e-4)
+
+
+def test_under_autocast_the_gradients_keep_their_types():
+    x, _ = make_map("contiguous", torch.float32)
+    block = make_block(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x.bfloat16())
+    y.float().sum().backward()
+    assert (y.dtype, x.grad.dtype, block.fc1.weight.grad.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (expected,) = torch.autograd.grad(compute_plainly(block, x.bfloat16()).float().sum(), x)
+    torch.testing.assert_close(x.grad, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_transforms_of_functions_go_the_plain_way():
+    x, _ = make_map("few positions")
+    x = x.detach()
+    block = make_block()
+    tangent = torch.randn_like(x)
+    _, expected = torch.autograd.functional.jvp(block, x, tangent)
+    torch.testing.assert_close(torch.func.jvp(block, (x,), (tangent,))[1], expected)
+    each = torch.func.vmap(torch.func.grad(lambda x: block(x[None]).square().sum()))(x)
+    torch.testing.assert_close(each, torch.autograd.functional.vjp(lambda x: block(x).square().sum(), x)[1])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(block(dual)).tangent, expected)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_a_traced_block_holds_torchs_operators_alone():
+    x, _ = make_map("few positions")
+    block = make_block()
+    traced = torch.jit.trace(block, x)
+    assert "PythonOp" not in str(traced.graph)
+    assert torch.equal(traced(x), block(x))
+    graph = torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(block)))
+    assert torch.equal(graph(x), block(x))
+
+
+class Passes(TorchDispatchMode):
+    """Counts the maps that are read and written by operators that are no views."""
+
+    def __init__(self, num_elements):
+        super().__init__()
+        self.num_elements, self.count = num_elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+            self.count += sum(x.numel() for x in tensors) / self.num_elements
+        return result
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "(N, H, W, C)"])
+def test_seven_passes_over_the_map_are_all(layout):
+    """The mean reads one, the product two; in the backward pass the sum reads two, the gradient reads and writes."""
+    shape, options, memory = LAYOUTS[layout]
+    larger = [size * (4 if size > 3 and size != 16 else 1) for size in shape]
+    x = torch.randn(larger).contiguous(memory_format=memory or torch.contiguous_format).requires_grad_()
+    block = make_block(dtype=torch.float32, **options)
+    grad = torch.ones_like(x)
+    with Passes(x.numel()) as lean:
+        block(x).backward(grad)
+    with Passes(x.numel()) as plain:
+        compute_plainly(block, x).backward(grad)
+    assert lean.count == pytest.approx(7, abs=0.05)
+    assert plain.count > 13

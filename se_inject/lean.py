@@ -3,20 +3,32 @@
 Takes a map and its gate, gives their product, with gradients for both. Plain autograd goes over a map fourteen times to
 squeeze, scale and come back: it multiplies out `grad * x` to add it up, spreads the mean's gradient over a map of its
 own, and adds two maps. Here the products are added up as they are made, and one pass makes the map's gradient.
+Nor is the map kept where a batch norm made it, which keeps its own input: what a plain network keeps is enough.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
+from torch.nn import functional as F
 
 _MIN_POSITIONS = 100
 """Below as many positions a map, a call an image costs more than the passes that it saves."""
-_DOT = torch.ops.aten.native_batch_norm_backward
+_BACKWARD = torch.ops.aten.native_batch_norm_backward
+_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm that made a map: whether by the batch's statistics, and what was added to the variance."""
+
+    training: bool
+    epsilon: float
 
 
 @dataclass
@@ -25,10 +37,12 @@ class Link:
 
     Attributes:
         dims: The map's spatial dimensions.
+        norm: What made the map, if it is kept in the form of that norm's input.
         gate: By which the map's gradient is still to be multiplied.
     """
 
     dims: tuple[int, ...]
+    norm: Norm | None = None
     gate: Tensor | None = None
 
 
@@ -39,8 +53,8 @@ def is_lean(x: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch._C._are_functorch_transforms_active()  # noqa: SLF001  there is no public way
-        and forward_ad._current_level < 0  # noqa: SLF001  likewise
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
     )
 
 
@@ -66,7 +80,35 @@ def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link) -> Tensor:
         gate: With the map's number of dimensions, and of its type.
         link: That of `squeeze_map`.
     """
-    return _Scale.apply(squeezed, x, gate, link)  # type: ignore[no-any-return]  # torch's
+    link.norm, origin = _find_norm(x)
+    return _Scale.apply(squeezed, x, gate, link, *origin)  # type: ignore[no-any-return]  # torch's
+
+
+def _find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
+    """Find what a batch norm made a map from, and keeps for its own backward pass, so that the map need not be kept.
+
+    Returns:
+        The norm, with its input, the mean and the inverse deviation by which that was normalised, weight and bias; or
+        None with the map, if something else made it or if not all of it can be had.
+    """
+    node: Any = x.grad_fn
+    if node is None or node.name() not in _NORMS or _is_checkpointing():
+        return None, (x,)
+    bias = getattr(node.next_functions[2][0], "variable", None)
+    if node._saved_weight is None or bias is None:
+        return None, (x,)
+    norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
+    if norm.training:
+        mean, inverse = node._saved_result1, node._saved_result2
+    else:
+        mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
+    return norm, (node._saved_input, mean, inverse, node._saved_weight, bias)
+
+
+def _is_checkpointing() -> bool:
+    """Tell whether activation checkpointing runs, which keeps nothing anyway and lets nothing be looked at twice."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 class _Squeeze(Function):
@@ -94,50 +136,90 @@ class _Squeeze(Function):
 class _Scale(Function):
     """Gives x * gate. What it hands to `_Squeeze` as the map's gradient is not multiplied by the gate yet.
 
-    A second derivative goes through the map that is kept, which is therefore not the one that `_Squeeze` gave.
+    It keeps the map, or what the map was made from. A second derivative goes through these, which is why they are
+    arguments of their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, squeezed: Tensor, x: Tensor, gate: Tensor, link: Link) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, *origin: Tensor) -> Tensor:  # noqa: ARG004
         ctx.link = link
-        ctx.save_for_backward(x, gate)
+        ctx.save_for_backward(gate, *origin)
         return x * gate
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
-        x, gate = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, *origin = ctx.saved_tensors
         ctx.link.gate = gate
         grad_gate = None
         if ctx.needs_input_grad[2]:
-            # With create_graph the sum is differentiated again, which the batch norm's operator below is not made for.
-            sums = (grad * x).sum(ctx.link.dims) if torch.is_grad_enabled() else sum_products(grad, x, ctx.link.dims)
-            grad_gate = sums.view_as(gate).to(gate.dtype)
-        return grad, None, grad_gate, None
+            grad_gate = _sum(grad, origin, ctx.link).view_as(gate).to(gate.dtype)
+        return grad, None, grad_gate, None, *(None for _ in origin)
 
 
-def sum_products(a: Tensor, b: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Add up the products of two maps over their spatial dimensions, (N, C), in one pass over both where that is known.
+def _sum(grad: Tensor, origin: Sequence[Tensor], link: Link) -> Tensor:
+    """Add up `grad * x`, (N, C), from x or from what it was made from."""
+    if torch.is_grad_enabled():  # what is computed here is differentiated again
+        x = origin[0] if link.norm is None else _normalise(link.norm, origin)
+        return (grad * x).sum(link.dims)
+    x, *norm = origin
+    if not norm:
+        return sum_products(grad, x, link.dims)[0]
+    mean, inverse, weight, bias = norm
+    products, sums = sum_products(grad, x, link.dims, mean, inverse)
+    return weight * products + bias * sums
 
-    A batch norm's gradient for its weight is `sum(grad * (x - mean) / deviation)`; with a mean of 0 and a deviation of
-    1 it is this sum. It takes each channel of each image for a channel of its own.
+
+def _normalise(norm: Norm, origin: Sequence[Tensor]) -> Tensor:
+    """Normalise again, as a function of the input and the parameters, which is differentiated."""
+    x, mean, inverse, weight, bias = origin
+    if norm.training:
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.epsilon)
+    shape = [-1, *[1] * (x.ndim - 2)]
+    scaled = (weight * inverse).view(shape)
+    return ((x - mean.view(shape)) * scaled + bias.view(shape)).to(x.dtype)
+
+
+def sum_products(
+    a: Tensor, b: Tensor, dims: tuple[int, ...], mean: Tensor | None = None, inverse: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Add up the products of two maps over their spatial dimensions, in one pass over both where that is known.
+
+    A batch norm's backward operator makes `sum(grad * (x - mean) * inverse)` and `sum(grad)` for its weight and bias.
+    It takes each channel of each image for a channel of its own.
+
+    Args:
+        a: The one map.
+        b: The other one, of the same shape.
+        dims: The spatial dimensions.
+        mean: (C,), what is taken off `b`; 0 if None.
+        inverse: (C,), by what it is multiplied then; 1 if None.
+
+    Returns:
+        The sums of `a * (b - mean) * inverse`, and of `a`, (N, C) each.
     """
     if 1 in dims:  # the channels come last
         a, b = a.movedim(-1, 1), b.movedim(-1, 1)
-    num, channels = a.shape[:2]
-    positions = a.shape[2:].numel()
+    num, channels, positions = *a.shape[:2], a.shape[2:].numel()
+    kind = torch.promote_types(a.dtype, torch.float32)
+    is_normed = mean is not None
+    mean = torch.zeros(channels, dtype=kind, device=a.device) if mean is None else mean.to(kind)
+    inverse = torch.ones(channels, dtype=kind, device=a.device) if inverse is None else inverse.to(kind)
     if a.device.type == "cpu" and a.dtype == b.dtype and a.is_floating_point():
         if a.is_contiguous() and b.is_contiguous():
-            return _dot(a.view(1, num * channels, positions), b.view(1, num * channels, positions)).view(num, channels)
+            left, right = (x.view(1, num * channels, positions) for x in (a, b))
+            products, sums = _dot(left, right, mean.repeat(num), inverse.repeat(num))
+            return products.view(num, channels), sums.view(num, channels)
         last = a.movedim(1, -1), b.movedim(1, -1)
         if positions >= _MIN_POSITIONS and all(t.is_contiguous() for t in last):
             left, right = (t.reshape(num, positions, 1, channels).movedim(-1, 1) for t in last)
-            return torch.stack([_dot(left[i : i + 1], right[i : i + 1]) for i in range(num)])
-    return (a * b).sum(tuple(range(2, a.ndim)))
+            each = [_dot(left[i : i + 1], right[i : i + 1], mean, inverse) for i in range(num)]
+            return torch.stack([x for x, _ in each]), torch.stack([x for _, x in each])
+    inner, shape = tuple(range(2, a.ndim)), [-1, *[1] * (a.ndim - 2)]
+    shifted = torch.addcmul(-(mean * inverse).view(shape), b, inverse.view(shape)) if is_normed else b
+    return (a * shifted).sum(inner, dtype=kind), a.sum(inner, dtype=kind)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
+def _dot(a: Tensor, b: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
     """Add up the products of (1, C, ...) for each channel."""
-    kind = torch.promote_types(a.dtype, torch.float32)
-    zeros, ones = torch.zeros(a.shape[1], dtype=kind), torch.ones(a.shape[1], dtype=kind)
-    result: Tensor = _DOT(a, b, None, None, None, zeros, ones, True, 0.0, [False, True, False])[1]
-    return result
+    _, products, sums = _BACKWARD(a, b, None, None, None, mean, inverse, True, 0.0, [False, True, True])
+    return products, sums

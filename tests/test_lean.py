@@ -156,7 +156,7 @@ def test_activation_checkpointing_gives_the_same(reentrant):
 def test_bf16_sums_in_fp32(layout):
     x, _ = make_map(layout, torch.bfloat16)
     other, _ = make_map(layout, torch.bfloat16, seed=2)
-    found = sum_products(x.detach(), other.detach(), (2, 3))
+    found, sums = sum_products(x.detach(), other.detach(), (2, 3))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), (x.double() * other.double()).sum((2, 3)), rtol=1e-5, atol=1e-4)
 
@@ -197,6 +197,122 @@ def test_a_traced_block_holds_torchs_operators_alone():
     assert torch.equal(traced(x), block(x))
     graph = torch.fx.symbolic_trace(nn.Sequential(copy.deepcopy(block)))
     assert torch.equal(graph(x), block(x))
+
+
+class Normed(nn.Module):
+    """A convolution, its norm and a block, as at the end of a residual branch."""
+
+    def __init__(self, num_spatial=2, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_spatial - 1](16, 16, 1, dtype=torch.float64)
+        self.norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[num_spatial - 1](
+            16, dtype=torch.float64, **options
+        )
+        if self.norm.affine:
+            nn.init.uniform_(self.norm.weight, 0.5, 2)
+            nn.init.normal_(self.norm.bias)
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+        self.se = make_block(num_spatial=num_spatial)
+        self.is_plain = False
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return compute_plainly(self.se, x) if self.is_plain else self.se(x)
+
+
+def measure_saved(model, x):
+    """The bytes of the storages that are kept for the backward pass, and are no parameters or buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
+    found = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if not x.startswith("(")])
+def test_behind_a_batch_norm_the_gradients_are_the_same_and_the_map_is_not_kept(layout, training):
+    x, options = make_map(layout)
+    model = Normed(options.get("num_spatial", 2)).train(training)
+    found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    kept = measure_saved(model, x)
+    model.is_plain = True
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    assert measure_saved(model, x) - kept == pytest.approx(x.numel() * 8, abs=512)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"track_running_stats": True}])
+@pytest.mark.parametrize("frozen", ["", "norm", "norm.bias", "conv"])
+def test_norms_without_parameters_or_with_frozen_ones_are_right(options, frozen):
+    x, _ = make_map("contiguous")
+    model = Normed(**options)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not (frozen and name.startswith(frozen)))
+    wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+    found = torch.autograd.grad(model(x).square().sum(), wanted)
+    model.is_plain = True
+    for ours, theirs in zip(found, torch.autograd.grad(model(x).square().sum(), wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_penalty_on_the_gradient_goes_through_the_norm(training):
+    x, _ = make_map("few positions")
+    model = Normed().train(training)
+
+    def compute_gradients():
+        y = model(x)
+        (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(y.sum() + grad.square().sum(), [x, *model.parameters()])
+
+    found = compute_gradients()
+    model.is_plain = True
+    for ours, theirs in zip(found, compute_gradients(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_the_norm_gives_the_same(reentrant):
+    x, _ = make_map("contiguous")
+    model = Normed()
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    checkpoint(model, x, use_reentrant=reentrant).square().sum().backward()
+    for ours, theirs in zip([x, *model.parameters()], expected, strict=True):
+        # Where the map itself is kept, the products are added up in another order.
+        torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_activations_that_are_kept_elsewhere_are_fetched():
+    x, _ = make_map("contiguous")
+    model = Normed()
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    with torch.autograd.graph.save_on_cpu():
+        y = model(x)
+    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
+
+
+def test_behind_a_norm_bf16_is_as_near_as_plain_autograd():
+    x = make_map("contiguous")[0].detach()
+    model = Normed()
+    exact = torch.autograd.grad(model(x).square().sum(), model.se.fc2.weight)[0]
+    model = model.float()
+    errors = []
+    for is_plain in (False, True):
+        model.is_plain = is_plain
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(x.float())
+        (found,) = torch.autograd.grad(y.float().square().sum(), model.se.fc2.weight)
+        errors.append(float((found.double() - exact).norm() / exact.norm()))
+    assert errors[0] < 1.5 * errors[1] < 0.05
 
 
 class Passes(TorchDispatchMode):

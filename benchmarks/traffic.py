@@ -124,7 +124,7 @@ def measure_pair(name: str) -> dict[str, Traffic]:
 def write_table(found: Mapping[str, Mapping[str, Traffic]], setting: Mapping[str, str]) -> str:
     """Write the ratios to the plain network as a table."""
     lines = [
-        "# Memory traffic of SE, counted", "", "`python -m benchmarks.traffic`", "",
+        "# Memory traffic of SE, counted", "", f"`python -m benchmarks.traffic --networks {' '.join(found)}`", "",
         "; ".join(f"{key} {value}" for key, value in setting.items()) + ".", "",
         f"Batches of {_BATCH_SIZE} images of {_SIZE} pixels, fp32, contiguous; the plain network is 1.", "",
         "| network | SE | bytes, evaluation | bytes, training step | bytes saved for backward |",

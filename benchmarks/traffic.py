@@ -77,7 +77,7 @@ class ByteCounter(TorchDispatchMode):
 
 
 def measure_traffic(model: nn.Module, images: Tensor) -> Traffic:
-    """Count the bytes of a network; its mode and gradients are left as they come.
+    """Count the bytes of a network, which is left in train mode and without gradients.
 
     Args:
         model: On the images' device.
@@ -90,10 +90,11 @@ def measure_traffic(model: nn.Module, images: Tensor) -> Traffic:
     with ByteCounter() as training:
         model(images).sum().backward()
     model.zero_grad()
-    return Traffic(evaluation.count, training.count, _count_saved(model, images))
+    return Traffic(evaluation.count, training.count, count_saved(model, images))
 
 
-def _count_saved(model: nn.Module, images: Tensor) -> int:
+def count_saved(model: nn.Module, images: Tensor) -> int:
+    """Count the bytes of the storages that a forward pass keeps, but for parameters and buffers."""
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
     saved: dict[int, int] = {}
 

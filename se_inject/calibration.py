@@ -21,6 +21,7 @@ from se_inject.groups import iterate_batch_norms
 from se_inject.heads import Classifier, find_classifier
 from se_inject.loaders import TrainLoader
 from se_inject.recipe import BatchNorm, Recipe
+from se_inject.rewrite import blocks
 from se_inject.twin import set_training
 from se_inject.world import World
 
@@ -80,7 +81,8 @@ def calibrate(
         return usual
     fit = _fit_temperature if classifier is None else partial(_fit_penalty, classifier=classifier)
     options: tuple[BatchNorm, ...] = (usual.batch_norm,)
-    if recipe.train == "gates":
+    has_frozen = recipe.train == "gates" and bool(blocks(model))
+    if has_frozen:  # by the stage, whatever the recipe says of batch norms
         options = ("frozen",)
     elif recipe.batch_norm == "auto" and any(iterate_batch_norms(model)):
         options = ("frozen", "train")
@@ -93,10 +95,9 @@ def calibrate(
     fits = {option: fit(*observed) for option, observed in seen.items()}
     best = min(fits, key=lambda option: fits[option][0])
     _, found = fits[best]
-    if classifier is None:
-        return recipe.settle(best, _MARGIN * found)
-    _set_classifier(classifier, *_fit_linear(*seen[best], classifier, found))
-    return recipe.settle(best, 1.0)
+    if classifier is not None:
+        _set_classifier(classifier, *_fit_linear(*seen[best], classifier, found))
+    return recipe.settle("train" if has_frozen else best, 1.0 if classifier is not None else _MARGIN * found)
 
 
 @contextmanager

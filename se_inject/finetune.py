@@ -121,9 +121,11 @@ def finetune(
 def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) -> Iterator[str]:
     """Say what the training images settled before the first step, where a user would not expect it."""
     if fresh:
-        yield "the classifier was replaced and fitted to the network's features; accuracy before is with the fitted one"
-    is_open = recipe.batch_norm == "auto" and recipe.train == "all"
-    if is_open and result.history[0]["batch_norm"] == "frozen":
+        yield (
+            "the classifier was replaced, and fitted to the network's features if it is one linear layer; accuracy "
+            "before is with the new one"
+        )
+    if recipe.batch_norm == "auto" and result.history[0]["batch_norm"] == "frozen":
         yield "batch norms kept their statistics, which fit these images better than those of a batch"
 
 

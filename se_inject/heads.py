@@ -94,7 +94,7 @@ def find_classifier(model: nn.Module, fresh: Collection[str], images: Tensor) ->
     found: list[tuple[Classifier, Tensor]] = []
 
     def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1)):
+        if isinstance(layer, Classifier) and _get_outputs(layer) is not None:
             found.append((layer, output))
 
     hooks = [layer.register_forward_hook(note) for layer in layers]

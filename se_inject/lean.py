@@ -1,4 +1,4 @@
-"""Lean scaling: what a block does to a map in training, with as few passes over the map as there can be.
+"""Lean scaling: what a block does to a map in training, in few passes over the map.
 
 Takes a map and its gate, gives their product, with gradients for both. Plain autograd goes over a map fourteen times to
 squeeze, scale and come back: it multiplies out `grad * x` to add it up, spreads the mean's gradient over a map of its
@@ -158,31 +158,28 @@ class _Scale(Function):
 
 def _sum(grad: Tensor, origin: Sequence[Tensor], link: Link) -> Tensor:
     """Add up `grad * x`, (N, C), from x or from what it was made from."""
-    if torch.is_grad_enabled():  # what is computed here is differentiated again
-        x = origin[0] if link.norm is None else _normalise(link.norm, origin)
-        return (grad * x).sum(link.dims)
     x, *norm = origin
-    if not norm:
-        return sum_products(grad, x, link.dims)[0]
-    mean, inverse, weight, bias = norm
-    products, sums = sum_products(grad, x, link.dims, mean, inverse)
-    return weight * products + bias * sums
+    if not torch.is_grad_enabled():  # else what is computed here is differentiated again
+        found = sum_products(grad, x, link.dims, *norm[:2])
+        if found is not None:
+            return norm[2] * found[0] + norm[3] * found[1] if norm else found[0]
+    return (grad * (x if link.norm is None else _normalise(link.norm, origin))).sum(link.dims)
 
 
 def _normalise(norm: Norm, origin: Sequence[Tensor]) -> Tensor:
-    """Normalise again, as a function of the input and the parameters, which is differentiated."""
+    """Normalise again; where it is to be differentiated, as a function of the input and the parameters."""
     x, mean, inverse, weight, bias = origin
-    if norm.training:
+    if norm.training and torch.is_grad_enabled():
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.epsilon)
     shape = [-1, *[1] * (x.ndim - 2)]
-    scaled = (weight * inverse).view(shape)
-    return ((x - mean.view(shape)) * scaled + bias.view(shape)).to(x.dtype)
+    scale = weight * inverse
+    return torch.addcmul((bias - mean * scale).to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
 
 
 def sum_products(
     a: Tensor, b: Tensor, dims: tuple[int, ...], mean: Tensor | None = None, inverse: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Add up the products of two maps over their spatial dimensions, in one pass over both where that is known.
+) -> tuple[Tensor, Tensor] | None:
+    """Add up the products of two maps over their spatial dimensions, in one pass over both.
 
     A batch norm's backward operator makes `sum(grad * (x - mean) * inverse)` and `sum(grad)` for its weight and bias.
     It takes each channel of each image for a channel of its own.
@@ -195,28 +192,27 @@ def sum_products(
         inverse: (C,), by what it is multiplied then; 1 if None.
 
     Returns:
-        The sums of `a * (b - mean) * inverse`, and of `a`, (N, C) each.
+        The sums of `a * (b - mean) * inverse`, and of `a`, (N, C) each; None where that is not known to be faster: on
+        a GPU, for maps that lie otherwise, and for small ones with the channels last.
     """
+    if a.device.type != "cpu" or a.dtype != b.dtype:
+        return None
     if 1 in dims:  # the channels come last
         a, b = a.movedim(-1, 1), b.movedim(-1, 1)
     num, channels, positions = *a.shape[:2], a.shape[2:].numel()
     kind = torch.promote_types(a.dtype, torch.float32)
-    is_normed = mean is not None
-    mean = torch.zeros(channels, dtype=kind, device=a.device) if mean is None else mean.to(kind)
-    inverse = torch.ones(channels, dtype=kind, device=a.device) if inverse is None else inverse.to(kind)
-    if a.device.type == "cpu" and a.dtype == b.dtype and a.is_floating_point():
-        if a.is_contiguous() and b.is_contiguous():
-            left, right = (x.view(1, num * channels, positions) for x in (a, b))
-            products, sums = _dot(left, right, mean.repeat(num), inverse.repeat(num))
-            return products.view(num, channels), sums.view(num, channels)
-        last = a.movedim(1, -1), b.movedim(1, -1)
-        if positions >= _MIN_POSITIONS and all(t.is_contiguous() for t in last):
-            left, right = (t.reshape(num, positions, 1, channels).movedim(-1, 1) for t in last)
-            each = [_dot(left[i : i + 1], right[i : i + 1], mean, inverse) for i in range(num)]
-            return torch.stack([x for x, _ in each]), torch.stack([x for _, x in each])
-    inner, shape = tuple(range(2, a.ndim)), [-1, *[1] * (a.ndim - 2)]
-    shifted = torch.addcmul(-(mean * inverse).view(shape), b, inverse.view(shape)) if is_normed else b
-    return (a * shifted).sum(inner, dtype=kind), a.sum(inner, dtype=kind)
+    mean = torch.zeros(channels, dtype=kind) if mean is None else mean.to(kind)
+    inverse = torch.ones(channels, dtype=kind) if inverse is None else inverse.to(kind)
+    if a.is_contiguous() and b.is_contiguous():
+        left, right = (x.view(1, num * channels, positions) for x in (a, b))
+        products, sums = _dot(left, right, mean.repeat(num), inverse.repeat(num))
+        return products.view(num, channels), sums.view(num, channels)
+    last = a.movedim(1, -1), b.movedim(1, -1)
+    if positions < _MIN_POSITIONS or not all(x.is_contiguous() for x in last):
+        return None
+    left, right = (x.reshape(num, positions, 1, channels).movedim(-1, 1) for x in last)
+    each = [_dot(left[i : i + 1], right[i : i + 1], mean, inverse) for i in range(num)]
+    return torch.stack([x for x, _ in each]), torch.stack([x for _, x in each])
 
 
 def _dot(a: Tensor, b: Tensor, mean: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:

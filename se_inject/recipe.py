@@ -44,8 +44,8 @@ class Recipe:
         head_lr: Peak learning rate of a classifier that was replaced; it is fitted before the first step.
         warmup_share: The part of each stage's steps in which the rates rise from zero.
         min_lr_share: The rates at the end of the cosine, as a part of the peak.
-        optimizer: A name of timm's `create_optimizer_v2`; "auto" is SGD, or where everything learns while batch norms
-            keep their statistics, AdamW at 0.03 of all rates, which then rise in at least 0.3 of the steps.
+        optimizer: A name of timm's `create_optimizer_v2`; "auto" is SGD, or with frozen batch norms AdamW at 0.03 of
+            all rates, which then rise in at least 0.3 of the steps.
         momentum: Of optimizers that have one.
         weight_decay: Of everything but biases, norms and other vectors.
         clip: The gradient's norm is clipped to this; 0 is not at all.
@@ -124,7 +124,7 @@ class Recipe:
         )
         if self.optimizer != "auto":
             return settled
-        if self.train == "gates" or settled.batch_norm != "frozen":
+        if settled.batch_norm != "frozen":
             return replace(settled, optimizer="sgd")
         rates = {key: _ADAM * getattr(self, key) for key in _RATES}
         return replace(settled, optimizer="adamw", warmup_share=max(self.warmup_share, _ADAM_WARMUP), **rates)

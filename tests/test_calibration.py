@@ -122,8 +122,14 @@ def test_images_of_another_brightness_have_statistics_of_their_own(loader):
 
 
 def test_blocks_alone_learn_with_frozen_statistics_and_sgd(loader):
-    found = settle(learn(loader), loader, replace(OPEN, train="gates"))
+    """The control, which has no blocks, learns as a whole: it has the choice."""
+    model = learn(loader)
+    batches = [(torch.stack([images[0]] * 16), labels[:1].repeat(16)) for images, labels in loader.iterate(0)]
+    loader.iterate = lambda *_: iter(batches)
+    recipe = replace(OPEN, train="gates")
+    found = settle(inject(model, r=4, example=torch.zeros(2, 1, 8, 8)), loader, recipe)
     assert (found.optimizer, found.lr) == ("sgd", OPEN.lr)
+    assert settle(model, loader, recipe).batch_norm == "frozen"
 
 
 @pytest.mark.parametrize("fresh", [frozenset(), FRESH])

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.traffic import ByteCounter, count_saved
 from se_inject import SqueezeExcite
 from se_inject.lean import sum_products
 
@@ -221,31 +220,16 @@ class Normed(nn.Module):
         return compute_plainly(self.se, x) if self.is_plain else self.se(x)
 
 
-def measure_saved(model, x):
-    """The bytes of the storages that are kept for the backward pass, and are no parameters or buffers."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), x)}
-    found = {}
-
-    def pack(t):
-        if t.untyped_storage().data_ptr() not in own:
-            found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(x)
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [x for x in LAYOUTS if not x.startswith("(")])
 def test_behind_a_batch_norm_the_gradients_are_the_same_and_the_map_is_not_kept(layout, training):
     x, options = make_map(layout)
     model = Normed(options.get("num_spatial", 2)).train(training)
     found = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-    kept = measure_saved(model, x)
+    kept = count_saved(model, x)
     model.is_plain = True
     expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
-    assert measure_saved(model, x) - kept == pytest.approx(x.numel() * 8, abs=512)
+    assert count_saved(model, x) - kept == pytest.approx(x.numel() * 8, abs=512)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -315,21 +299,6 @@ def test_behind_a_norm_bf16_is_as_near_as_plain_autograd():
     assert errors[0] < 1.5 * errors[1] < 0.05
 
 
-class Passes(TorchDispatchMode):
-    """Counts the maps that are read and written by operators that are no views."""
-
-    def __init__(self, num_elements):
-        super().__init__()
-        self.num_elements, self.count = num_elements, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
-            self.count += sum(x.numel() for x in tensors) / self.num_elements
-        return result
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "(N, H, W, C)"])
 def test_seven_passes_over_the_map_are_all(layout):
     """The mean reads one, the product two; in the backward pass the sum reads two, the gradient reads and writes."""
@@ -338,9 +307,10 @@ def test_seven_passes_over_the_map_are_all(layout):
     x = torch.randn(larger).contiguous(memory_format=memory or torch.contiguous_format).requires_grad_()
     block = make_block(dtype=torch.float32, **options)
     grad = torch.ones_like(x)
-    with Passes(x.numel()) as lean:
+    with ByteCounter() as lean:
         block(x).backward(grad)
-    with Passes(x.numel()) as plain:
+    with ByteCounter() as plain:
         compute_plainly(block, x).backward(grad)
-    assert lean.count == pytest.approx(7, abs=0.05)
-    assert plain.count > 13
+    size = x.numel() * x.element_size()
+    assert lean.count / size == pytest.approx(7, abs=0.05)
+    assert plain.count / size > 13

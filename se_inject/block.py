@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from se_inject.lean import Link, is_lean, scale_map, squeeze_map
+from se_inject.lean import Link, is_lean, multiply, scale_map, squeeze_map
 
 GAIN = 2.0
 """The factor before the sigmoid: `2 * sigmoid(0)` is exactly 1 in every float format, where the sigmoid is steepest."""
@@ -112,20 +112,27 @@ class SqueezeExcite(nn.Module):
         """Compute the gate (N, C) of maps (N, C_i, ...), joined along C."""
         return self._excite([x.mean(self._dims) if self.squeeze == "mean" else x.amax(self._dims) for x in maps])
 
-    def forward(self, *maps: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Scale one map, or several that are squeezed together; see the class for the shapes."""
+    def forward(self, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Scale one map, or several that are squeezed together; see the class for the shapes.
+
+        Args:
+            *maps: What is squeezed and scaled.
+            shortcut: What is added to a single map once it is scaled, of its shape. That costs no pass over the map of
+                its own, as the addition of a residual block does.
+        """
         if self.squeeze == "mean" and all(map(is_lean, maps)):
-            scaled = self._scale_leanly(maps)
+            scaled = self._scale_leanly(maps, shortcut)
         else:
-            scaled = [x * gate for x, gate in zip(maps, self._split(self.compute_gate(*maps), maps), strict=True)]
+            gates = self._split(self.compute_gate(*maps), maps)
+            scaled = [multiply(x, gate, shortcut) for x, gate in zip(maps, gates, strict=True)]
         return scaled[0] if len(scaled) == 1 else tuple(scaled)
 
-    def _scale_leanly(self, maps: tuple[Tensor, ...]) -> list[Tensor]:
+    def _scale_leanly(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> list[Tensor]:
         links = [Link(self._dims) for _ in maps]
         squeezed = [squeeze_map(x, link) for x, link in zip(maps, links, strict=True)]
         gates = self._split(self._excite([mean for mean, _ in squeezed]), maps)
         return [
-            scale_map(again, x, gate, link)
+            scale_map(again, x, gate, link, shortcut)
             for (_, again), x, gate, link in zip(squeezed, maps, gates, links, strict=True)
         ]
 

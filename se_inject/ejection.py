@@ -112,7 +112,11 @@ def _take_out(owner: fx.GraphModule, where: str) -> fx.Graph:
     for node in list(graph.nodes):
         if node.op != "call_module" or not is_block(owner.get_submodule(node.target)):
             continue
-        if len(node.args) == 1:
+        if node.kwargs:  # it adds a shortcut
+            with graph.inserting_before(node):
+                total = graph.call_function(operator.add, (node.args[0], node.kwargs["shortcut"]))
+            node.replace_all_uses_with(total)
+        elif len(node.args) == 1:
             node.replace_all_uses_with(node.args[0])
         for item in list(node.users):
             if item.target is not operator.getitem:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
+SUMS = ADDITIONS | {"iadd"}
+"""As nodes of a graph, where an operator of Python goes by its own name."""
 CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
 PRODUCTS = frozenset({"mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__"})
 CONVOLUTIONS = frozenset({f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)})

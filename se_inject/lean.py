@@ -68,20 +68,78 @@ def squeeze_map(x: Tensor, link: Link) -> tuple[Tensor, Tensor]:
     Returns:
         The mean (N, C), and the map again, as it is to be scaled; it must have no other use.
     """
-    return _Squeeze.apply(x, link)  # type: ignore[no-any-return]  # torch's
+    with torch.no_grad():
+        squeezed = _squeeze_inner(x)
+    return _Squeeze.apply(x, link, squeezed)  # type: ignore[no-any-return]  # torch's
 
 
-def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link) -> Tensor:
-    """Scale a map.
+def _squeeze_inner(x: Tensor) -> Tensor | None:
+    """Squeeze a map through the 1x1 convolution and the batch norm that made it, where that reads less.
+
+    Both act on every position alike, so the mean may be taken before them.
+
+    Returns:
+        (N, C), or None if something else made the map.
+    """
+    norm, origin = _find_norm(x)
+    found = _find_convolution(x) if norm is not None else None
+    if found is None:
+        return None
+    inner, weight, bias, groups = found
+    if weight.numel() + inner.numel() >= x.numel():
+        return None
+    _, mean, inverse, scale, shift = origin
+    z = inner.mean(tuple(range(2, x.ndim)), dtype=mean.dtype).view(len(x), groups, -1)
+    z = torch.einsum("ngi,goi->ngo", z, weight.to(mean.dtype).view(groups, -1, z.shape[-1])).flatten(1)
+    z = z - mean if bias is None else z + (bias - mean)
+    return torch.addcmul(shift, z, inverse * scale).to(x.dtype)
+
+
+def _find_convolution(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int] | None:
+    """Find the 1x1 convolution that made a batch norm's input: its own input, weight, bias and number of groups."""
+    norm: Any = x.grad_fn
+    node = norm.next_functions[0][0]
+    if node is None or node.name() != "ConvolutionBackward0" or node._saved_transposed:
+        return None
+    try:
+        inner, weight = node._saved_input, node._saved_weight
+    except RuntimeError:
+        return None
+    bias = node.next_functions[2][0]
+    is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
+    if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):
+        return None
+    return inner, weight, None if bias is None else bias.variable, node._saved_groups
+
+
+def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: Tensor | None = None) -> Tensor:
+    """Scale a map, and add another one to it.
 
     Args:
         squeezed: The map as `squeeze_map` gave it.
         x: The map as `squeeze_map` was given it.
         gate: With the map's number of dimensions, and of its type.
         link: That of `squeeze_map`.
+        shortcut: What is added, if anything.
     """
     link.norm, origin = _find_norm(x)
-    return _Scale.apply(squeezed, x, gate, link, *origin)  # type: ignore[no-any-return]  # torch's
+    is_alike = shortcut is not None and _are_alike(x, shortcut)
+    scaled: Tensor = _Scale.apply(squeezed, x, gate, link, shortcut if is_alike else None, *origin)
+    return scaled if shortcut is None or is_alike else shortcut + scaled
+
+
+def multiply(x: Tensor, gate: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """Multiply a map by its gate, and add another one to it, by plain operators."""
+    if shortcut is None:
+        return x * gate
+    return torch.addcmul(shortcut, x, gate) if _are_alike(x, shortcut) else shortcut + x * gate
+
+
+def _are_alike(x: Tensor, shortcut: Tensor) -> bool:
+    """Tell whether `addcmul` gives what a product and a sum give: the same type and memory format."""
+    if not (isinstance(x, Tensor) and isinstance(shortcut, Tensor)):
+        return True  # torch.fx's proxies, which cannot be asked
+    return x.dtype == shortcut.dtype and x.shape == shortcut.shape and x.stride() == shortcut.stride()
 
 
 def _find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
@@ -95,14 +153,18 @@ def _find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
     if node is None or node.name() not in _NORMS or _is_checkpointing():
         return None, (x,)
     bias = getattr(node.next_functions[2][0], "variable", None)
-    if node._saved_weight is None or bias is None:
-        return None, (x,)
     norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
-    if norm.training:
-        mean, inverse = node._saved_result1, node._saved_result2
-    else:
-        mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
-    return norm, (node._saved_input, mean, inverse, node._saved_weight, bias)
+    try:
+        source, weight = node._saved_input, node._saved_weight
+        if norm.training:
+            mean, inverse = node._saved_result1, node._saved_result2
+        else:
+            mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
+    except RuntimeError:  # they were freed, by a backward pass, or written over
+        return None, (x,)
+    if weight is None or bias is None:
+        return None, (x,)
+    return norm, (source, mean, inverse, weight, bias)
 
 
 def _is_checkpointing() -> bool:
@@ -115,13 +177,13 @@ class _Squeeze(Function):
     """Gives z = mean(x) and x. Its gradient is `gate * g + dz / positions`, in one pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, link: Link, squeezed: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.link, ctx.shape = link, x.shape
         ctx.set_materialize_grads(False)
-        return x.mean(link.dims), x
+        return x.mean(link.dims) if squeezed is None else squeezed, x
 
     @staticmethod
-    def backward(ctx: Any, grad_z: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_z: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
         gate, ctx.link.gate = ctx.link.gate, None
         if grad_z is not None:
             positions = torch.Size([ctx.shape[dim] for dim in ctx.link.dims]).numel()
@@ -129,22 +191,30 @@ class _Squeeze(Function):
                 grad_z = grad_z.unsqueeze(dim)
             grad_z = grad_z / positions
         if grad is None:
-            return None if grad_z is None else grad_z.expand(ctx.shape), None
-        return grad * gate if grad_z is None else torch.addcmul(grad_z.to(grad.dtype), grad, gate), None
+            return None if grad_z is None else grad_z.expand(ctx.shape), None, None
+        return grad * gate if grad_z is None else torch.addcmul(grad_z.to(grad.dtype), grad, gate), None, None
 
 
 class _Scale(Function):
-    """Gives x * gate. What it hands to `_Squeeze` as the map's gradient is not multiplied by the gate yet.
+    """Gives x * gate, or shortcut + x * gate.
 
-    It keeps the map, or what the map was made from. A second derivative goes through these, which is why they are
-    arguments of their own.
+    What it hands to `_Squeeze` as the map's gradient is not multiplied by the gate yet. It keeps the map, or what the
+    map was made from. A second derivative goes through these, which is why they are arguments of their own.
     """
 
     @staticmethod
-    def forward(ctx: Any, squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, *origin: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(  # noqa: PLR0917  an autograd function takes no keywords
+        ctx: Any,
+        squeezed: Tensor,  # noqa: ARG004  the gradient's way to `_Squeeze`
+        x: Tensor,
+        gate: Tensor,
+        link: Link,
+        shortcut: Tensor | None,
+        *origin: Tensor,
+    ) -> Tensor:
         ctx.link = link
         ctx.save_for_backward(gate, *origin)
-        return x * gate
+        return x * gate if shortcut is None else torch.addcmul(shortcut, x, gate)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -153,7 +223,7 @@ class _Scale(Function):
         grad_gate = None
         if ctx.needs_input_grad[2]:
             grad_gate = _sum(grad, origin, ctx.link).view_as(gate).to(gate.dtype)
-        return grad, None, grad_gate, None, *(None for _ in origin)
+        return grad, None, grad_gate, None, grad if ctx.needs_input_grad[4] else None, *(None for _ in origin)
 
 
 def _sum(grad: Tensor, origin: Sequence[Tensor], link: Link) -> Tensor:

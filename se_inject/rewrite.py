@@ -22,9 +22,11 @@ from se_inject.block import Gate, Squeeze, is_block, mark_block
 from se_inject.codegen import Method
 from se_inject.draft import is_free
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
+from se_inject.functions import SUMS
 from se_inject.generated import derive_class
 from se_inject.inspection import write_entry
 from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
+from se_inject.operations import is_map
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
@@ -177,7 +179,7 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
             surgery.notes.append(f"`{site.name}` gates {gated}")
             for trace, places in zip(inspection.traces, inspection.found, strict=False):
                 if not trace.doubt:
-                    _insert_block(trace.graph, site.name, places[site.index])
+                    _insert_block(trace.graph, site.name, places[site.index], adds=survey.recipe is None)
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
             surgery.graph = _forget_values(inspection.traces[0].graph)
@@ -205,10 +207,18 @@ def _make_block(site: Site, survey: Survey, model: nn.Module) -> nn.Module:
     return make_block(site, survey.plan, survey.recipe, device=get_device(home), dtype=get_dtype(home))
 
 
-def _insert_block(graph: fx.Graph, name: str, place: Place) -> None:
+def _insert_block(graph: fx.Graph, name: str, place: Place, *, adds: bool) -> None:
     nodes = {node.name: node for node in graph.nodes}
     sources = [nodes[edge.node] for edge in place.edges]
     readers = [[nodes[consumer] for consumer in edge.consumers] for edge in place.edges]
+    if len(sources) == 1 and adds and (shortcut := _find_shortcut(sources[0], readers[0])) is not None:
+        addition = readers[0][0]
+        with graph.inserting_before(addition):
+            block = graph.call_module(name, (sources[0],), {"shortcut": shortcut})
+        block.meta["value"] = addition.meta["value"]
+        addition.replace_all_uses_with(block)
+        graph.erase_node(addition)
+        return
     if len(sources) == 1:
         first = next(node for node in graph.nodes if node in readers[0])
         with graph.inserting_before(first):
@@ -226,6 +236,21 @@ def _insert_block(graph: fx.Graph, name: str, place: Place) -> None:
     for source, consumers, item in zip(sources, readers, gated, strict=True):
         for consumer in consumers:
             consumer.replace_input_with(source, item)
+
+
+def _find_shortcut(branch: fx.Node, readers: list[fx.Node]) -> fx.Node | None:
+    """Find what a branch is added to at once, and in no other map's place, so that its block can add it."""
+    addition = readers[0]
+    is_addition = addition.op != "call_module" and getattr(addition.target, "__name__", addition.target) in SUMS
+    if len(readers) > 1 or not is_addition or addition.kwargs or len(addition.args) != 2:
+        return None
+    if addition.args.count(branch) != 1 or any(written is not branch for written in addition.meta.get("mutates", ())):
+        return None
+    [shortcut] = (x for x in addition.args if x is not branch)
+    if not isinstance(shortcut, fx.Node) or not is_map(shortcut.meta["value"]):
+        return None
+    x, y = branch.meta["value"], shortcut.meta["value"]
+    return shortcut if x.shape == y.shape and x.dtype == y.dtype else None
 
 
 def _take_item(graph: fx.Graph, block: fx.Node, i: int, branch: fx.Node) -> fx.Node:

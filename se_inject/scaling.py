@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from se_inject.calls import Call, Entry
 from se_inject.errors import TraceError
-from se_inject.functions import ADDITIONS, CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS
+from se_inject.functions import CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS, SUMS
 from se_inject.hazards import get_ancestors
 from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin
@@ -43,7 +43,7 @@ _HOMOGENEOUS = frozenset(  # f(2 y) = 2 f(y)
     "transpose movedim flatten unflatten squeeze unsqueeze contiguous clone to type_as float half bfloat16 expand "
     "expand_as roll flip getitem".split()
 )
-_ADDITIONS = ADDITIONS | {"sub", "sub_", "__sub__", "__isub__", "iadd", "isub"}
+_ADDITIONS = SUMS | {"sub", "sub_", "__sub__", "__isub__", "isub"}
 _PRODUCTS = PRODUCTS | {"imul"}
 _QUOTIENTS = frozenset({"div", "div_", "divide", "true_divide", "truediv", "itruediv", "__truediv__", "__itruediv__"})
 # They ask for sizes and types, or make a tensor of their own: a factor in the map is nothing to them.

@@ -156,6 +156,8 @@ def _find_parameters(twin: Twin, traces: Sequence[Trace], name: str) -> tuple[fr
     try:
         found = {_find_before(twin, trace, node) for trace, node in zip(traces, blocks_in, strict=True)}
     except UnreachableError as error:
+        if any(node.kwargs for node in blocks_in):
+            raise error from None  # the factor would be in a sum
         try:
             found = {find_reader(twin, trace, node).parameters for trace, node in zip(traces, blocks_in, strict=True)}
         except UnreachableError:
@@ -174,7 +176,7 @@ def _find_block(trace: Trace, name: str) -> fx.Node:
 
 
 def _find_before(twin: Twin, trace: Trace, block: fx.Node) -> frozenset[str]:
-    maps = [node for node in block.all_input_nodes if isinstance(node.meta["value"], Tensor)]
+    maps = [node for node in block.args if isinstance(node, fx.Node)]
     scale = Scale(frozenset())
     for node in maps:
         scale |= find_scale(twin, trace, node, block)

@@ -314,3 +314,88 @@ def test_seven_passes_over_the_map_are_all(layout):
     size = x.numel() * x.element_size()
     assert lean.count / size == pytest.approx(7, abs=0.05)
     assert plain.count / size > 13
+
+
+class Narrow(nn.Module):
+    """A block behind a norm behind a convolution whose input is narrower than its output."""
+
+    def __init__(self, num_spatial=2, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[num_spatial - 1]
+        norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[num_spatial - 1]
+        self.conv = convolution(16, 64, **{"kernel_size": 1, **options})
+        self.norm = norm(64)
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+        nn.init.normal_(self.norm.bias)
+        self.se = make_block(64, num_spatial=num_spatial, dtype=None)
+        self.is_plain = False
+        self.double()
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        return compute_plainly(self.se, x) if self.is_plain else self.se(x)
+
+
+def count_bytes(model, x):
+    with ByteCounter() as counter:
+        model(x)
+    return counter.count
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"groups": 4}, {"num_spatial": 1}, {"num_spatial": 3}])
+def test_a_map_is_squeezed_through_the_convolution_that_made_it(options, training):
+    x = make_map({1: "one dimension", 3: "three dimensions"}.get(options.get("num_spatial"), "contiguous"))[0]
+    model = Narrow(**options).train(training)
+    wanted = [x, *model.parameters()]
+    y = model(x)
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    counted = count_bytes(model, x)
+    model.is_plain = True
+    torch.testing.assert_close(model(x), y, rtol=1e-10, atol=1e-10)
+    for ours, theirs in zip(found, torch.autograd.grad(model(x).square().sum(), wanted), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    assert counted < count_bytes(model, x) - x.numel() * 8  # the map has four times x's size
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 3}, {"padding": 1}, {"stride": 2}])
+def test_a_convolution_over_several_positions_is_not_squeezed_through(options):
+    x = make_map("contiguous")[0]
+    model = Narrow(**options)
+    y = model(x)
+    model.is_plain = True
+    torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("is_normed", [True, False])
+@pytest.mark.parametrize("shape", ["alike", "another layout", "another type"])
+def test_a_shortcut_is_added_with_its_gradient(shape, is_normed):
+    x = make_map("contiguous")[0]
+    shortcut = make_map("contiguous", torch.float32 if shape == "another type" else torch.float64, seed=3)[0]
+    if shape == "another layout":
+        shortcut = shortcut.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    model = Normed()
+    branch = model.norm(model.conv(x)) if is_normed else x * 1
+    wanted = [x, shortcut, *model.se.parameters()]
+    y = model.se(branch, shortcut=shortcut)
+    found = torch.autograd.grad(y.square().sum(), wanted)
+    branch = model.norm(model.conv(x)) if is_normed else x * 1
+    expected = shortcut + compute_plainly(model.se, branch)
+    torch.testing.assert_close(y, expected)
+    for ours, theirs in zip(found, torch.autograd.grad(expected.square().sum(), wanted), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(model.se(branch, shortcut=shortcut), expected)  # the norm has freed what it kept
+    with torch.no_grad():
+        torch.testing.assert_close(model.se(branch, shortcut=shortcut), expected)
+    new = SqueezeExcite(16, dtype=torch.float64)
+    assert torch.equal(new(branch, shortcut=shortcut), branch + shortcut)
+
+
+def test_a_shortcut_costs_no_pass_of_its_own():
+    block, x, shortcut = SqueezeExcite(64), torch.randn(2, 64, 28, 28), torch.randn(2, 64, 28, 28)
+    size = x.numel() * 4
+    with torch.no_grad(), ByteCounter() as counter:
+        block(x, shortcut=shortcut)
+    assert counter.count == pytest.approx(4 * size, rel=0.05)  # the mean, then two are read and one is written

@@ -71,7 +71,7 @@ def test_every_placement_is_an_exact_identity(block, placement):
     [
         (
             "standard",
-            ["out = self.bn3(out)", "downsample = self.downsample(x)", "out = self.se(out)", "out += downsample"],
+            ["out = self.bn3(out)", "downsample = self.downsample(x)", "out = self.se(out, shortcut=downsample)"],
             16,
         ),
         ("pre", ["out = self.se(x)", "out = self.conv1(out)"], 16),

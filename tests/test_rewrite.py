@@ -156,8 +156,8 @@ def test_features_are_gated_too_when_they_are_asked_for_alone():
 
 def test_the_source_can_be_shown():
     block = inject(torchvision.models.resnet18()).layer1[0]
-    assert "out = self.se(out)" in inspect.getsource(type(block))
-    assert "out = self.se(out)" in inspect.getsource(block.forward)
+    assert "out = self.se(out, shortcut=x)" in inspect.getsource(type(block))
+    assert "out = self.se(out, shortcut=x)" in inspect.getsource(block.forward)
 
 
 def test_alike_blocks_share_a_class():

@@ -60,7 +60,10 @@ class Traffic:
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of the inputs and outputs of every operator that is not a view."""
+    """Counts the bytes of the inputs and outputs of every operator that is not a view.
+
+    What an operator writes into because it was told to (`out=`) is an output alone; it is not read.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +74,8 @@ class ByteCounter(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if not func.is_view and func not in _UNWRITTEN:
-            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            read = {name: value for name, value in (kwargs or {}).items() if not name.startswith("out")}
+            tensors = [x for x in tree_leaves((args, read, result)) if isinstance(x, Tensor)]
             self.count += sum(x.numel() * x.element_size() for x in tensors)
         return result
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from se_inject.errors import SEInjectError as SEInjectError
     from se_inject.groups import freeze_backbone as freeze_backbone
     from se_inject.groups import param_groups as param_groups
+    from se_inject.optimization import optimize as optimize
     from se_inject.plan import Plan as Plan
     from se_inject.plan import Site as Site
     from se_inject.planner import make_plan as make_plan
@@ -34,6 +35,7 @@ _HOMES = {
     "inject": "rewrite",
     "load": "artifact",
     "make_plan": "planner",
+    "optimize": "optimization",
     "param_groups": "groups",
     "save": "artifact",
     "standardize": "standard",

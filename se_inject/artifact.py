@@ -17,10 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from se_inject.block import GAIN, SqueezeExcite, is_block
-from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError, SourceError
+from se_inject.errors import ArtifactError, ExampleError, ModelError, OptionError, PlanError, SourceError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.generated import get_base
 from se_inject.marks import SOURCE, find_mark, mark_module
+from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
 from se_inject.rewrite import blocks, find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
@@ -30,12 +31,12 @@ FORMAT_VERSION = 1
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | None = None) -> None:
-    """Write an injected network: its source, its plan and its state dict.
+    """Write an injected network, or such a one that is optimized: its source, its plan and its state dict.
 
     The file is written beside its target and renamed, so that the old or the new one is there, whole, at any time.
 
     Args:
-        model: From `inject` or `load`; wrappers (DDP, torch.compile) are seen through.
+        model: From `inject`, `load` or `optimize`; wrappers (DDP, torch.compile) are seen through.
         path: `.pt`, `.pth` or `.safetensors`.
         source: How the network is built. A network loaded by `load` knows; timm's networks are recognised, if they are
             as timm builds them. For others give `base=` to `load`.
@@ -52,7 +53,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     check_suffix(target)
     while find_plan(model) is None and isinstance(inner := _get_wrapped(model), nn.Module):
         model = inner
-    plan = get_plan(model)
+    plan = find_plan(model) or get_plan(model)
     source = source or get_source(model) or _recognise_timm(model)
     if source is not None and source.library == "timm":  # reset_classifier may have been called since
         num_classes = getattr(model, "num_classes", None)
@@ -64,7 +65,9 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
         "source": None if source is None else source.to_values(),
         "plan": json.loads(plan.to_json()),
     }
-    # A plan is cut with the gain of an exact identity; only a network in standard form has another.
+    if (optimization := find_optimization(model)) is not None:
+        values["optimization"] = optimization
+    # A plan is cut with the gain of an exact identity; a network in standard form and an optimized one have others.
     own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)}
     if gains := {path: block.gain for path, block in own.items() if block.gain != GAIN}:
         values["gains"] = gains
@@ -110,9 +113,11 @@ def load(
     try:
         plan = Plan.from_json(json.dumps(values["plan"]))
         model = inject(network, plan=plan, block=block or SE, inplace=base is None)
+        if values.get("optimization") is not None:
+            model = optimize_again(model, values["optimization"])
     except OptionError as error:
         raise ArtifactError(f"{path}: {error}; give load(..., block=) the function that makes its blocks") from error
-    except (PlanError, ModelError) as error:
+    except (PlanError, ModelError, ExampleError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
     _load_state(model, values["state_dict"], target)
     _set_gains(model, values.get("gains", {}), target)
@@ -185,9 +190,12 @@ def _recognise_timm(model: nn.Module) -> Source | None:
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
         return None
     source = Source("timm", name, options)
+    optimization = find_optimization(model)
     try:
         skeleton = build_skeleton(source)
-    except SourceError:
+        if optimization is not None:
+            skeleton = optimize_again(inject(skeleton, plan=find_plan(model), inplace=True), optimization)
+    except (SourceError, PlanError, OptionError, ExampleError):
         return None
     return source if _describe(skeleton) == _describe(model) else None
 

@@ -143,7 +143,9 @@ class SqueezeExcite(nn.Module):
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        excited = self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1)
+        return self._activate(self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1))
+
+    def _activate(self, excited: Tensor) -> Tensor:
         if self.gate == "tanh":
             return 1 + torch.tanh(excited)
         return self.gain * (torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited))

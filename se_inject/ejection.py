@@ -16,7 +16,7 @@ from torch import fx, nn
 from se_inject.block import is_block
 from se_inject.errors import ModelError
 from se_inject.generated import get_base
-from se_inject.marks import REMOVED, Removed, erase_marks, find_mark
+from se_inject.marks import OPTIMIZED, REMOVED, Removed, erase_marks, find_mark
 from se_inject.rewrite import copy_model
 
 
@@ -43,6 +43,8 @@ def eject(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not any(_find_removed(module) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has not been injected; there is nothing to eject")
+    if find_mark(model, OPTIMIZED) is not None:
+        raise ModelError(f"{type(model).__name__} is optimized; eject from the network that it was made from")
     target = model if inplace else copy_model(model)
     restorations = [
         _prepare(path, owner, removed)

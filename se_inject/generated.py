@@ -26,27 +26,28 @@ _classes: dict[tuple[object, ...], type[nn.Module]] = {}
 
 def get_base(cls: type[nn.Module]) -> type[nn.Module]:
     """Return the class that a generated class was derived from; any other class is returned as it is."""
-    return cls._se_inject_code[0] if "_se_inject_code" in vars(cls) else cls  # type: ignore[attr-defined]
+    while "_se_inject_code" in vars(cls):
+        cls = cls._se_inject_code[0]  # type: ignore[attr-defined]
+    return cls
 
 
 def derive_class(
-    base: type[nn.Module], notes: Sequence[str], methods: Mapping[str, Method], *, prefix: str
+    base: type[nn.Module], notes: Sequence[str], methods: Mapping[str, Method], *, prefix: str, purpose: str
 ) -> type[nn.Module]:
     """Derive a class that has the given methods.
 
     Args:
-        base: The owner's class.
+        base: The owner's class, which may be a generated one.
         notes: What the methods do, for the docstring.
         methods: The methods by name.
         prefix: What the class's name begins with: `SE` gives `SEBottleneck`.
+        purpose: What the class is, for the docstring: "with squeeze-and-excitation".
 
     Raises:
         ModelError: No class can be derived from the base.
     """
     name = f"{prefix}{base.__name__}"
-    docstring = f"{base.__name__} with channel attention: {'; '.join(notes)}."
-    if prefix == "SE":
-        docstring = docstring.replace("channel attention", "squeeze-and-excitation", 1)
+    docstring = f"{base.__name__} {purpose}: {'; '.join(notes)}."
     source = write_class(name, base.__name__, docstring.replace("\\", "/").replace('"', "'"), list(methods.values()))
     names = {name: value for method in methods.values() for name, value in method.names.items()}
     return _make_class(base, name, source, names)
@@ -78,19 +79,35 @@ def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[st
 def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickle an instance of a generated class: the class is made anew from its base and its source."""
     cls: type[nn.Module] = next(c for c in type(self).__mro__ if "_se_inject_code" in vars(c))
-    reduced: Any = super(cls, self).__reduce_ex__(protocol)
+    last = cls  # of the generated ones, each of which would come back to here
+    while "_se_inject_code" in vars(last._se_inject_code[0]):  # type: ignore[attr-defined]
+        last = last._se_inject_code[0]  # type: ignore[attr-defined]
+    reduced: Any = super(last, self).__reduce_ex__(protocol)
     if type(self) is not cls:
         return reduced  # an instance of somebody's subclass, pickled like any other
     constructor, args, *rest = reduced
     if args[:1] != (cls,):
         raise TypeError(f"{cls.__name__} cannot be pickled: {get_base(cls).__name__} defines a __reduce__ of its own")
+    return (_restore, (_write_code(cls), constructor, *args[1:]), *rest)
+
+
+def _write_code(cls: type[nn.Module]) -> Any:
+    """Write a class as what it is made of, down to a class that is no generated one."""
+    if "_se_inject_code" not in vars(cls):
+        return cls
     base, name, source, names = cls._se_inject_code  # type: ignore[attr-defined]
     modules = {key: value.__name__ for key, value in names.items() if isinstance(value, types.ModuleType)}
     others = {key: value for key, value in names.items() if key not in modules}
-    return (_restore, ((base, name, source, others, modules), constructor, *args[1:]), *rest)
+    return _write_code(base), name, source, others, modules
+
+
+def _read_code(code: Any) -> type[nn.Module]:
+    if isinstance(code, type):
+        return code
+    base, name, source, names, modules = code
+    imported = {key: importlib.import_module(module) for key, module in modules.items()}
+    return _make_class(_read_code(base), name, source, {**names, **imported})
 
 
 def _restore(code: tuple[Any, ...], constructor: Any, *args: object) -> Any:
-    base, name, source, names, modules = code
-    imported = {key: importlib.import_module(module) for key, module in modules.items()}
-    return constructor(_make_class(base, name, source, {**names, **imported}), *args)
+    return constructor(_read_code(code), *args)

@@ -249,7 +249,9 @@ def _open(block: nn.Module, gates: Sequence[_Gate], channels: int) -> None:
             _scale(trace.graph, operations)
             written = write_method(owner, [trace])
         note = "a gate is 1 where its last layer is 0"
-        owner.__class__ = derive_class(type(owner), [note], {"forward": written}, prefix="Open")
+        owner.__class__ = derive_class(
+            type(owner), [note], {"forward": written}, prefix="Open", purpose="with channel attention"
+        )
 
 
 def _get_scale(at_zero: float) -> str:

@@ -123,7 +123,7 @@ def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: T
         shortcut: What is added, if anything.
     """
     link.norm, origin = _find_norm(x)
-    is_alike = shortcut is not None and _are_alike(x, shortcut)
+    is_alike = shortcut is not None and are_alike(x, shortcut)
     scaled: Tensor = _Scale.apply(squeezed, x, gate, link, shortcut if is_alike else None, *origin)
     return scaled if shortcut is None or is_alike else shortcut + scaled
 
@@ -132,10 +132,10 @@ def multiply(x: Tensor, gate: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """Multiply a map by its gate, and add another one to it, by plain operators."""
     if shortcut is None:
         return x * gate
-    return torch.addcmul(shortcut, x, gate) if _are_alike(x, shortcut) else shortcut + x * gate
+    return torch.addcmul(shortcut, x, gate) if are_alike(x, shortcut) else shortcut + x * gate
 
 
-def _are_alike(x: Tensor, shortcut: Tensor) -> bool:
+def are_alike(x: Tensor, shortcut: Tensor) -> bool:
     """Tell whether `addcmul` gives what a product and a sum give: the same type and memory format."""
     if not (isinstance(x, Tensor) and isinstance(shortcut, Tensor)):
         return True  # torch.fx's proxies, which cannot be asked

@@ -16,6 +16,7 @@ from torch import fx, nn
 PLAN = "_se_inject_plan"
 SOURCE = "_se_inject_source"
 REMOVED = "_se_inject_removed"
+OPTIMIZED = "_se_inject_optimized"
 _CARRIED = "_se_inject_carried"
 
 
@@ -51,7 +52,7 @@ def find_mark(module: nn.Module, name: str) -> object:
 
 def erase_marks(module: nn.Module) -> None:
     """Take all marks off a module."""
-    for name in (PLAN, SOURCE, REMOVED):
+    for name in (PLAN, SOURCE, REMOVED, OPTIMIZED):
         vars(module).pop(name, None)
     if isinstance(module, fx.GraphModule):
         for called in _iterate_called(module):

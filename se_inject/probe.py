@@ -28,7 +28,7 @@ from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, i
 from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, quiet, set_training
 
 # What a forward raises over fake tensors where it asks for values.
-_DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 @dataclass
@@ -95,7 +95,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
         visits: dict[Entry, Visit] = {}
         try:
             layers = _run(twin, call, visits, training=False)
-        except _DATA_DEPENDENT:
+        except DATA_DEPENDENT:
             visits, layers = _run_real(model, call, twin.mode)
         except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
             failures.append((call, error))
@@ -123,9 +123,6 @@ def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> tuple[dict[
     """
     twin = Twin(copy.deepcopy(model), mode)
 
-    def make_real(x: object) -> object:
-        return torch.zeros(x.shape, dtype=x.dtype, device=get_device(model)) if isinstance(x, Tensor) else x
-
     def make_fake(x: object) -> object:
         if not isinstance(x, Tensor):
             return x
@@ -133,14 +130,22 @@ def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> tuple[dict[
 
     visits: dict[Entry, Visit] = {}
     try:
-        given = Call(*tree_map(make_real, (call.args, call.kwargs)))
-        layers = _run(twin, given, visits, training=False, is_fake=False)
+        layers = _run(twin, make_zeros(call, model), visits, training=False, is_fake=False)
     except Exception as error:
         message = f"{type(model).__name__} does not run on an input of {describe_shapes(call)}: {get_first_line(error)}"
         raise ExampleError(f"{message}; give example= with one that it runs on") from error
     for visit in visits.values():
         visit.calls = [Call(*tree_map(make_fake, (c.args, c.kwargs))) for c in visit.calls]
     return visits, layers
+
+
+def make_zeros(call: Call, model: nn.Module) -> Call:
+    """Make a call with real zeros of a call's shapes, on a model's device."""
+
+    def make(x: object) -> object:
+        return torch.zeros(x.shape, dtype=x.dtype, device=get_device(model)) if isinstance(x, Tensor) else x
+
+    return Call(*tree_map(make, (call.args, call.kwargs)))
 
 
 def _visit_training(twin: Twin, call: Call, visits: dict[Entry, Visit]) -> None:

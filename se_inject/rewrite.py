@@ -22,16 +22,15 @@ from se_inject.block import Gate, Squeeze, is_block, mark_block
 from se_inject.codegen import Method
 from se_inject.draft import is_free
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
-from se_inject.functions import SUMS
 from se_inject.generated import derive_class
 from se_inject.inspection import write_entry
-from se_inject.marks import PLAN, REMOVED, Removed, find_mark, mark_module
-from se_inject.operations import is_map
+from se_inject.marks import OPTIMIZED, PLAN, REMOVED, Removed, find_mark, mark_module
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
 from se_inject.planner import Survey, survey_model
 from se_inject.replay import replay_plan
+from se_inject.sums import find_shortcut, replace_sum
 from se_inject.twin import get_device, get_dtype
 
 
@@ -135,6 +134,10 @@ def get_plan(model: nn.Module) -> Plan:
         ModelError: The model has not been injected.
     """
     plan = find_plan(model)
+    if find_mark(model, OPTIMIZED) is not None:
+        raise ModelError(
+            f"{type(model).__name__} is optimized, for evaluation alone; use the network that it was made from"
+        )
     if plan is None:
         raise ModelError(f"{type(model).__name__} has not been injected; call se_inject.inject(model) first")
     return plan
@@ -182,18 +185,18 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
                     _insert_block(trace.graph, site.name, places[site.index], adds=survey.recipe is None)
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
-            surgery.graph = _forget_values(inspection.traces[0].graph)
+            surgery.graph = forget_values(inspection.traces[0].graph)
             continue
         try:
             placed = [(site.name, inspection.places[site.index]) for site in sites]
             surgery.methods[entry.method] = write_entry(owner, inspection, placed)
         except TraceError as error:
             raise PlanError(f"{entry} cannot be written as code: {error}; exclude it") from error
-    prefix = "SE" if survey.recipe is None else "Gated"
+    prefix, purpose = ("SE", "squeeze-and-excitation") if survey.recipe is None else ("Gated", "channel attention")
     for surgery in surgeries.values():
         if surgery.graph is None:
             base = type(model.get_submodule(surgery.path))
-            surgery.cls = derive_class(base, surgery.notes, surgery.methods, prefix=prefix)
+            surgery.cls = derive_class(base, surgery.notes, surgery.methods, prefix=prefix, purpose=f"with {purpose}")
     return list(surgeries.values())
 
 
@@ -211,13 +214,9 @@ def _insert_block(graph: fx.Graph, name: str, place: Place, *, adds: bool) -> No
     nodes = {node.name: node for node in graph.nodes}
     sources = [nodes[edge.node] for edge in place.edges]
     readers = [[nodes[consumer] for consumer in edge.consumers] for edge in place.edges]
-    if len(sources) == 1 and adds and (shortcut := _find_shortcut(sources[0], readers[0])) is not None:
-        addition = readers[0][0]
-        with graph.inserting_before(addition):
-            block = graph.call_module(name, (sources[0],), {"shortcut": shortcut})
-        block.meta["value"] = addition.meta["value"]
-        addition.replace_all_uses_with(block)
-        graph.erase_node(addition)
+    shortcut = find_shortcut(sources[0], readers[0]) if adds and len(sources) == 1 else None
+    if shortcut is not None:
+        replace_sum(graph, name, sources[0], shortcut, readers[0][0])
         return
     if len(sources) == 1:
         first = next(node for node in graph.nodes if node in readers[0])
@@ -238,26 +237,11 @@ def _insert_block(graph: fx.Graph, name: str, place: Place, *, adds: bool) -> No
             consumer.replace_input_with(source, item)
 
 
-def _find_shortcut(branch: fx.Node, readers: list[fx.Node]) -> fx.Node | None:
-    """Find what a branch is added to at once, and in no other map's place, so that its block can add it."""
-    addition = readers[0]
-    is_addition = addition.op != "call_module" and getattr(addition.target, "__name__", addition.target) in SUMS
-    if len(readers) > 1 or not is_addition or addition.kwargs or len(addition.args) != 2:
-        return None
-    if addition.args.count(branch) != 1 or any(written is not branch for written in addition.meta.get("mutates", ())):
-        return None
-    [shortcut] = (x for x in addition.args if x is not branch)
-    if not isinstance(shortcut, fx.Node) or not is_map(shortcut.meta["value"]):
-        return None
-    x, y = branch.meta["value"], shortcut.meta["value"]
-    return shortcut if x.shape == y.shape and x.dtype == y.dtype else None
-
-
 def _take_item(graph: fx.Graph, block: fx.Node, i: int, branch: fx.Node) -> fx.Node:
     return graph.create_node("call_function", operator.getitem, (block, i), name=f"{branch.name}_gated")
 
 
-def _forget_values(graph: fx.Graph) -> fx.Graph:
+def forget_values(graph: fx.Graph) -> fx.Graph:
     """Copy a graph without its values, and without our tracer, which reading a pickle would call again."""
     clean = fx.Graph()
     clean.output(clean.graph_copy(graph, {}))

@@ -1,0 +1,178 @@
+"""Folding: put batch norms into the convolutions before them, which is exact in eval mode.
+
+`follow_norms` runs a twin once and follows what each convolution makes; `fold_norms` changes a model. A fold is found
+where it can be proved from that run: the convolution runs once, and one batch norm alone reads what it makes. How the
+code is written does not matter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from se_inject.functions import CONVOLUTIONS
+
+_PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A convolution and the batch norm that can go into it, by their paths.
+
+    Attributes:
+        is_bare: Whether the norm does nothing beside, such as an activation.
+    """
+
+    convolution: str
+    norm: str
+    is_bare: bool
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a run showed: the folds, and how often each convolution and each batch norm ran."""
+
+    folds: tuple[Fold, ...]
+    num_calls: Counter[str]
+
+
+def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
+    """Find the batch norms that can go into the convolution before them.
+
+    Args:
+        model: A network in eval mode, over real or fake tensors.
+        run: Runs it once, and returns its outputs.
+    """
+    watch = _Watch(model)
+    with torch.no_grad(), watch:
+        outputs = run()
+    for x in tree_leaves(outputs):
+        watch.note_reader(x, None)
+    folds = []
+    for path, readers in watch.readers.items():
+        [norm] = readers if len(readers) == 1 else [None]
+        is_only = norm is not None and watch.num_calls[path] == watch.num_calls[norm] == 1
+        if norm is not None and is_only and _can_fold(model, path, norm):
+            folds.append(Fold(path, norm, not _find_extras(model.get_submodule(norm))))
+    return Course(tuple(folds), watch.num_calls)
+
+
+def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
+    """Fold batch norms into their convolutions, in place; what a norm did beside (an activation) stays in its place."""
+    for fold in folds:
+        convolution = cast("_ConvNd", model.get_submodule(fold.convolution))
+        norm = cast("_BatchNorm", model.get_submodule(fold.norm))
+        kind, needs_grad = convolution.weight.dtype, convolution.weight.requires_grad
+        tensors = (convolution.weight, convolution.bias, norm.running_mean, norm.running_var)
+        weight, bias, mean, variance, scale, shift = (
+            None if x is None else x.detach().double() for x in (*tensors, norm.weight, norm.bias)
+        )
+        assert weight is not None
+        assert mean is not None
+        assert variance is not None
+        is_transposed = isinstance(convolution, _ConvTransposeNd)
+        found = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift, transpose=is_transposed)
+        convolution.weight, convolution.bias = (nn.Parameter(x.to(kind), needs_grad) for x in found)
+        model.set_submodule(fold.norm, _make_rest(norm))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Tell whether somebody looks at what a module is handed or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001  there is no public way
+
+
+def _can_fold(model: nn.Module, path: str, norm_path: str) -> bool:
+    convolution, norm = model.get_submodule(path), model.get_submodule(norm_path)
+    is_known = type(norm) in _PLAIN_NORMS or _find_extras(norm) is not None
+    return bool(path and norm_path) and is_known and not is_hooked(convolution) and not is_hooked(norm)
+
+
+def _find_extras(norm: nn.Module) -> Sequence[nn.Module] | None:
+    """Return what timm's norm with an activation does after the norm, or None for a norm that is not known."""
+    drop, act = getattr(norm, "drop", None), getattr(norm, "act", None)
+    is_timms = type(norm).__module__ == "timm.layers.norm_act" and type(norm).__name__.startswith("BatchNormAct")
+    if not is_timms or not isinstance(drop, nn.Module) or not isinstance(act, nn.Module):
+        return None
+    return [layer for layer in (drop, act) if not isinstance(layer, nn.Identity)]
+
+
+def _make_rest(norm: nn.Module) -> nn.Module:
+    extras = _find_extras(norm) or ()
+    if len(extras) == 1:
+        return extras[0]
+    return (nn.Sequential(*extras) if extras else nn.Identity()).train(norm.training)
+
+
+@dataclass
+class _Made:
+    """What a convolution made; held so that no other tensor takes its identity."""
+
+    tensor: Tensor
+    path: str
+
+
+class _Watch(TorchFunctionMode):
+    """Follows what convolutions make to whatever reads it: the path of a batch norm, or None for anything else."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.readers: dict[str, set[str | None]] = {}
+        self.num_calls: Counter[str] = Counter()
+        self._made: dict[int, _Made] = {}
+        self._weights: dict[int, tuple[str, _ConvNd]] = {}
+        self._means: dict[int, str] = {}
+        for path, module in model.named_modules():
+            is_odd = isinstance(module, _ConvTransposeNd) and module.groups > 1  # torch's fusion cannot
+            if isinstance(module, _ConvNd) and module._parameters.get("weight") is not None and not is_odd:
+                self._weights[id(module.weight)] = path, module
+            elif isinstance(module, _BatchNorm) and module._buffers.get("running_mean") is not None:
+                self._means[id(module.running_mean)] = path
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if result is not None and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            return result  # a question: a shape, a type
+        norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
+        if norm is not None:
+            self.num_calls[norm] += 1
+        for i, x in enumerate(leaves):
+            self.note_reader(x, norm if i == 0 else None)
+        if name in CONVOLUTIONS and isinstance(result, Tensor):
+            self._note_convolution(result, leaves)
+        return result
+
+    def note_reader(self, x: object, norm: str | None) -> None:
+        """Note that something reads a tensor: a batch norm, or anything else."""
+        made = self._made.get(id(x))
+        if made is not None:
+            self.readers[made.path].add(norm)
+
+    def _find_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
+        given |= kwargs
+        return None if given.get("training") else self._means.get(id(given.get("running_mean")))
+
+    def _note_convolution(self, result: Tensor, leaves: Sequence[Tensor]) -> None:
+        """Note what a layer's convolution made, if it is of the layer's own weight and bias."""
+        path, module = next((self._weights[id(x)] for x in leaves if id(x) in self._weights), ("", None))
+        if module is None:
+            return
+        self.num_calls[path] += 1
+        if [id(x) for x in leaves[1:]] == [id(x) for x in (module.weight, module.bias) if x is not None]:
+            self.readers.setdefault(path, set())
+            self._made[id(result)] = _Made(result, path)

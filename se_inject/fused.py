@@ -1,0 +1,125 @@
+"""The block for evaluation alone: what it does to a map in as few passes as there can be.
+
+Takes what its owner hands it, gives what the block, the sum after it and the activation after that would give. Knows
+nothing of graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from se_inject.block import SqueezeExcite
+from se_inject.lean import are_alike
+
+Activation = Literal["", "relu"]
+
+
+class FusedSqueezeExcite(SqueezeExcite):
+    """A block together with what stands around it, for evaluation.
+
+    With a convolution the block is handed that layer's input h (N, C/4, H, W in a bottleneck). A 1x1 convolution acts
+    on each position alike, so `mean(W h + b) = W mean(h) + b`: W is folded into the block's first layer, the mean is
+    taken of the narrow map, and the gate is known before the convolution runs.
+
+    Shape:
+        As `SqueezeExcite`; with a convolution, (N, C_in, H, W) gives (N, C, H, W).
+
+    Args:
+        block: Its layers are taken over, and changed.
+        convolution: The 1x1 convolution that makes the block's map, without a batch norm in between; its layer is taken
+            over, and changed.
+        scaled: A convolution that makes the block's map and stays where it is; it takes the gain.
+        activation: What follows.
+        overwrites: Whether the maps that it is handed may be written on: nothing else reads them.
+    """
+
+    def __init__(
+        self,
+        block: SqueezeExcite,
+        *,
+        convolution: _ConvNd | None = None,
+        scaled: _ConvNd | None = None,
+        activation: Activation = "",
+        overwrites: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.channels, self.r, self.gain = block.channels, block.r, block.gain
+        self.num_spatial, self.channel_dim = block.num_spatial, block.channel_dim
+        self.squeeze, self.gate = block.squeeze, block.gate
+        self.activation, self.overwrites = activation, overwrites or convolution is not None
+        weight, bias = (block.fc1.weight.detach().flatten(1).double(), block.fc1.bias)
+        offset = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+        offset += 0 if bias is None else bias.detach().double()
+        if convolution is not None:
+            inner, inner_bias = _expand(convolution)
+            weight, offset = weight @ inner, offset + (0 if inner_bias is None else weight @ inner_bias)
+        maker = scaled if convolution is None else convolution
+        if maker is not None and self.gate != "tanh":
+            if convolution is None:
+                weight /= self.gain
+            _scale(maker, self.gain)
+            self.gain = 1.0
+        self.fc1 = _make_linear(weight, offset, like=block.fc1)  # type: ignore[assignment]
+        second = block.fc2.weight.detach().flatten(1)
+        self.fc2 = _make_linear(second, block.fc2.bias, like=block.fc2)  # type: ignore[assignment]
+        self.convolution = convolution
+        self.train(block.training)
+
+    def forward(self, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Scale, add and activate; see the class for the shapes."""
+        gate = self.compute_gate(*maps)
+        made = maps if self.convolution is None else (self.convolution(maps[0]),)
+        scaled = [self._finish(x, part, shortcut) for x, part in zip(made, self._split(gate, made), strict=True)]
+        return scaled[0] if len(scaled) == 1 else tuple(scaled)
+
+    def _finish(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
+        y = self._scale(x, gate, shortcut)
+        return F.relu_(y) if self.activation == "relu" else y
+
+    def _scale(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
+        if shortcut is not None and not are_alike(x, shortcut):
+            return shortcut + x * gate
+        # A new map costs more than the arithmetic: its pages are not in memory yet. Compilers do this by themselves.
+        differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, shortcut))
+        out = x if self.overwrites and not differentiated and not torch.compiler.is_compiling() else None
+        return torch.mul(x, gate, out=out) if shortcut is None else torch.addcmul(shortcut, x, gate, out=out)
+
+    def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
+        z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
+        return self._activate(self.fc2(F.relu(self.fc1(z))))
+
+    def extra_repr(self) -> str:
+        """Show what is done beside: `256, 16, relu`."""
+        return super().extra_repr() + (f", {self.activation}" if self.activation else "")
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+def _expand(convolution: _ConvNd) -> tuple[Tensor, Tensor | None]:
+    """Return weight (C, C_in) and bias (C,) of a 1x1 convolution as if it had one group, in double precision."""
+    weight = convolution.weight.detach().double().flatten(1)
+    parts = weight.view(convolution.groups, -1, weight.shape[1])
+    whole: Tensor = parts[0] if len(parts) == 1 else torch.block_diag(*parts)  # type: ignore[no-untyped-call]
+    return whole, None if convolution.bias is None else convolution.bias.detach().double()
+
+
+def _scale(convolution: _ConvNd, gain: float) -> None:
+    """Multiply a layer's output; another layer may have the same parameters, and keeps them."""
+    for name, parameter in list(convolution.named_parameters()):
+        setattr(convolution, name, nn.Parameter(parameter.detach() * gain, requires_grad=False))
+
+
+def _make_linear(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    kind = like.weight.dtype
+    layer.weight = nn.Parameter(weight.to(kind, copy=True), requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().to(kind, copy=True), requires_grad=False)
+    return layer

@@ -1,0 +1,167 @@
+"""Fusion: find what a block can take over from the code around it, for evaluation.
+
+Takes the graph of a method in eval mode and its blocks, edits the graph, and says for each block what it takes over:
+the sum after it, the ReLU after that, the 1x1 convolution before it. Changes no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+
+from se_inject.block import SqueezeExcite
+from se_inject.folding import is_hooked
+from se_inject.fused import Activation
+from se_inject.sums import find_shortcut, replace_sum
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What a block takes over, by the names of the owner's children; see `FusedSqueezeExcite`."""
+
+    block: str
+    convolution: str = ""
+    scaled: str = ""
+    activation: Activation = ""
+    overwrites: bool = False
+
+    def __str__(self) -> str:
+        done = f"runs `{self.convolution}`" if self.convolution else "gates its map"
+        return f"`{self.block}` {done}" + (f" and ends with {self.activation}" if self.activation else "")
+
+
+def fuse_blocks(
+    owner: nn.Module, graph: fx.Graph, names: Iterable[str], *, bare: set[str], single: set[str]
+) -> list[Fusion]:
+    """Fuse blocks with the code around them.
+
+    Args:
+        owner: The module whose method the graph is; only looked at.
+        graph: Is edited.
+        names: The blocks that are to be fused.
+        bare: The norms of the owner that are folded, and leave nothing in their places.
+        single: The children that run once in a pass.
+    """
+    _drop_idle(owner, graph, bare)
+    fusions = []
+    for name in names:
+        nodes = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
+        block = owner.get_submodule(name)
+        if len(nodes) == 1 and isinstance(block, SqueezeExcite) and not is_hooked(block):
+            node = _take_sum(graph, nodes[0])
+            activation = _take_activation(owner, graph, node)
+            fusions.append(replace(_take_convolution(owner, graph, node, single), activation=activation))
+    graph.lint()
+    return fusions
+
+
+def _drop_idle(owner: nn.Module, graph: fx.Graph, bare: set[str]) -> None:
+    """Drop children that give what they are handed: identities, dropout in eval mode, norms that are folded."""
+    for node in [n for n in graph.nodes if _is_idle(owner, n, bare)]:
+        [source] = node.args
+        node.replace_all_uses_with(source)
+        for later in graph.nodes:
+            written = later.meta.get("mutates", ())
+            later.meta["mutates"] = tuple(source if n is node else n for n in written)
+        graph.erase_node(node)
+
+
+def _is_idle(owner: nn.Module, node: fx.Node, bare: set[str]) -> bool:
+    if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+        return False
+    gives_it_back = node.meta["value"] is node.args[0].meta["value"] and not node.meta["mutates"]
+    return (node.target in bare or gives_it_back) and not is_hooked(owner.get_submodule(str(node.target)))
+
+
+def _take_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    if node.kwargs or len(node.args) != 1:
+        return node
+    readers = list(node.users)
+    shortcut = find_shortcut(node, readers)
+    [source] = node.args
+    assert isinstance(source, fx.Node)
+    if shortcut is None or _is_written_between(graph, source, node, readers[0]):
+        return node
+    total = replace_sum(graph, str(node.target), source, shortcut, readers[0])
+    graph.erase_node(node)
+    return total
+
+
+def _take_activation(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> Activation:
+    readers = list(node.users)
+    if len(readers) != 1 or "joint" in node.meta or not isinstance(node.meta["value"], Tensor):
+        return ""
+    [reader] = readers
+    if reader.op == "call_module":
+        layer = owner.get_submodule(str(reader.target))
+        is_relu = type(layer) is nn.ReLU and not is_hooked(layer)
+    else:
+        is_relu = getattr(reader.target, "__name__", reader.target) in ("relu", "relu_")
+    if not is_relu or reader.all_input_nodes != [node]:
+        return ""
+    reader.replace_all_uses_with(node)
+    node.meta["value"] = reader.meta["value"]
+    graph.erase_node(reader)
+    return "relu"
+
+
+def _take_convolution(owner: nn.Module, graph: fx.Graph, node: fx.Node, single: set[str]) -> Fusion:
+    name = str(node.target)
+    maps = [x for x in node.args if isinstance(x, fx.Node)]
+    overwrites = all(set(x.users) == {node} and _is_fresh(owner, graph, x) for x in maps)
+    [source] = maps if len(maps) == 1 else [None]
+    if source is None or source.op != "call_module" or set(source.users) != {node} or len(source.args) != 1:
+        return Fusion(name, overwrites=overwrites)
+    path = str(source.target)
+    layer, [inner] = owner.get_submodule(path), source.args
+    is_known = type(layer) in _CONVOLUTIONS and not is_hooked(layer)
+    if not isinstance(layer, _ConvNd) or not is_known or path not in single or not isinstance(inner, fx.Node):
+        return Fusion(name, overwrites=overwrites)
+    if not _is_narrow(layer, owner.get_submodule(name)) or _is_written_between(graph, inner, source, node):
+        return Fusion(name, scaled=path, overwrites=overwrites)
+    node.args = (inner,)
+    graph.erase_node(source)
+    return Fusion(name, convolution=path)
+
+
+def _is_narrow(layer: _ConvNd, block: nn.Module) -> bool:
+    """Tell whether the mean can be taken before a convolution, where it reads less."""
+    assert isinstance(block, SqueezeExcite)
+    is_pointwise = {*layer.kernel_size, *layer.stride} == {1} and set(layer.padding) == {0}
+    takes_means = block.squeeze == "mean" and block.channel_dim == 1
+    return is_pointwise and takes_means and layer.in_channels < layer.out_channels
+
+
+def _is_fresh(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
+    """Tell whether a child made a map that nothing else holds."""
+    if node.op != "call_module":
+        return False
+    own = {_get_storage(x) for x in (*owner.parameters(), *owner.buffers())}
+    others = {_get_storage(x) for n in graph.nodes if n is not node for x in _list_tensors(n)}
+    is_looked_at = any(is_hooked(m) for m in owner.get_submodule(str(node.target)).modules())
+    return not is_looked_at and not {_get_storage(x) for x in _list_tensors(node)} & (own | others)
+
+
+def _is_written_between(graph: fx.Graph, source: fx.Node, start: fx.Node, stop: fx.Node) -> bool:
+    """Tell whether something is written over a map between two of the nodes that could read it."""
+    nodes = list(graph.nodes)
+    storages = {_get_storage(x) for x in _list_tensors(source)}
+    for node in nodes[nodes.index(start) + 1 : nodes.index(stop)]:
+        written = (x for n in node.meta.get("mutates", ()) for x in _list_tensors(n))
+        if any(_get_storage(x) in storages for x in written):
+            return True
+    return False
+
+
+def _list_tensors(node: fx.Node) -> list[Tensor]:
+    return [x for x in tree_leaves(node.meta.get("value")) if isinstance(x, Tensor)]
+
+
+def _get_storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata  # type: ignore[no-any-return]  # torch's

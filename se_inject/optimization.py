@@ -1,0 +1,208 @@
+"""Optimization: make a network as fast as it can be where it is only evaluated.
+
+Takes a network with or without blocks, gives a new one of the same class whose batch norms are folded, and whose blocks
+run together with the layers around them. What cannot be proved to be safe stays as it is. The model is not changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from se_inject.block import SqueezeExcite, mark_block
+from se_inject.calls import Call, Entry, decode_call, encode_call
+from se_inject.codegen import Method, write_method
+from se_inject.errors import ExampleError, ModelError, PlanError, TraceError
+from se_inject.examples import describe_shapes, fake_example, propose_examples
+from se_inject.faithful import kept_random_state
+from se_inject.folding import Course, fold_norms, follow_norms
+from se_inject.fused import FusedSqueezeExcite
+from se_inject.fusion import Fusion, fuse_blocks
+from se_inject.generated import derive_class
+from se_inject.marks import OPTIMIZED, find_mark, mark_module
+from se_inject.plan import Plan
+from se_inject.probe import DATA_DEPENDENT, make_zeros
+from se_inject.rewrite import copy_model, find_plan, forget_values
+from se_inject.tracing import trace_entry
+from se_inject.twin import Twin, get_dtype, get_first_line, make_twin, quiet, set_training
+
+
+@torch.inference_mode(False)
+def optimize(model: nn.Module, example: object = None) -> nn.Module:
+    """Make a network faster for evaluation; the outputs stay equal up to rounding.
+
+    Batch norms go into the convolutions before them. A block squeezes through the 1x1 convolution that makes its map
+    where that layer's input is narrower, so that its gate is known before the convolution runs; it scales the map, adds
+    the shortcut and applies a ReLU in one place; its gain is folded. Where one of these does not apply (a 3x3
+    convolution, an activation in between, a joint concatenation), the others are done. The network is of the same class
+    and is called as before; it is in eval mode, has no gradients and is not to be trained.
+
+    Args:
+        model: From `inject` or `load`, or any other network. It is not changed.
+        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; if None, that of the
+            injection, or else one is found.
+
+    Raises:
+        ModelError: The network cannot be copied, or is optimized already.
+        ExampleError: It does not run on the example.
+
+    Example:
+        >>> import torchvision
+        >>> from se_inject import inject
+        >>> optimize(inject(torchvision.models.resnet50())).layer1[0].se
+        FusedSqueezeExcite(
+          256, 16, relu
+          (fc1): Linear(in_features=64, out_features=16, bias=True)
+          (fc2): Linear(in_features=16, out_features=256, bias=True)
+          (convolution): Conv2d(64, 256, kernel_size=(1, 1), stride=(1, 1))
+        )
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
+    if find_optimization(model) is not None:
+        raise ModelError(f"{type(model).__name__} is optimized already")
+    plan = find_plan(model)
+    twin = make_twin(model)
+    if example is not None:
+        calls: Iterable[Call] = [fake_example(twin, example)]
+    else:
+        calls = propose_examples(twin) if plan is None else [decode_call(plan.calls[Entry("").key], twin)]
+    return _optimize(model, twin, calls)
+
+
+def optimize_again(model: nn.Module, values: object) -> nn.Module:
+    """Optimize a network as another one of its kind was.
+
+    Args:
+        model: An injected network; it is not changed.
+        values: What `find_optimization` says of the other one.
+
+    Raises:
+        PlanError: The values are none of ours.
+        ExampleError: The network does not run on what the other one ran on.
+    """
+    twin = make_twin(model)
+    try:
+        call = decode_call(values, twin)
+    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
+        raise PlanError(f"not an optimization of se-inject: {error}") from error
+    return _optimize(model, twin, [call])
+
+
+def find_optimization(model: nn.Module) -> object:
+    """Return what a network was optimized with, as plain values; None for any other network."""
+    return find_mark(model, OPTIMIZED)
+
+
+def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> nn.Module:
+    plan = find_plan(model)
+    target = copy_model(model).eval().requires_grad_(False)
+    call, course = _follow(target, twin, calls)
+    surgeries = [] if plan is None else _prepare(target, plan, course)
+    fold_norms(target, course.folds)
+    for surgery in surgeries:
+        surgery.perform(target)
+    mark_module(target, OPTIMIZED, encode_call(call, get_dtype(target)))
+    return target
+
+
+@dataclass
+class _Surgery:
+    """What happens to one owner: its fused blocks, the layers that they take over, and its new class or graph."""
+
+    path: str
+    fusions: list[Fusion] = field(default_factory=list)
+    methods: dict[str, Method] = field(default_factory=dict)
+    graph: fx.Graph | None = None
+    cls: type[nn.Module] | None = None
+
+    def perform(self, model: nn.Module) -> None:
+        """Change the owner in a model; nothing in here is expected to fail."""
+        owner = model.get_submodule(self.path)
+        for fusion in self.fusions:
+            _fuse(owner, fusion)
+        if self.graph is not None:
+            cast("fx.GraphModule", owner).graph = self.graph
+        elif self.cls is not None:
+            owner.__class__ = self.cls
+
+
+def _fuse(owner: nn.Module, fusion: Fusion) -> None:
+    fused = FusedSqueezeExcite(
+        cast("SqueezeExcite", owner.get_submodule(fusion.block)),
+        convolution=cast("_ConvNd", owner.get_submodule(fusion.convolution)) if fusion.convolution else None,
+        scaled=cast("_ConvNd", owner.get_submodule(fusion.scaled)) if fusion.scaled else None,
+        activation=fusion.activation,
+        overwrites=fusion.overwrites,
+    )
+    owner.set_submodule(fusion.block, mark_block(fused))
+    if fusion.convolution:
+        owner.set_submodule(fusion.convolution, nn.Identity().eval())
+
+
+def _follow(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> tuple[Call, Course]:
+    """Follow a run of the network over fake tensors, or over zeros where its course depends on the data."""
+    failures: list[tuple[Call, Exception]] = []
+    for call in calls:
+        try:
+            return call, _run(model, twin, call)
+        except Exception as error:  # noqa: BLE001, PERF203  whatever the user's forward raises means: not this input
+            failures.append((call, error))
+    if not failures:
+        raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; give example=")
+    first, reason = failures[0]
+    raise ExampleError(
+        f"{type(model).__name__} does not run on an input of {describe_shapes(first)}: {get_first_line(reason)}; "
+        f"give example= with the shape that it is used on"
+    ) from reason
+
+
+def _run(model: nn.Module, twin: Twin, call: Call) -> Course:
+    try:
+        with set_training(twin.model, False), quiet(), kept_random_state(), twin.mode:
+            return follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))
+    except DATA_DEPENDENT:
+        copied, given = copy_model(model), make_zeros(call, model)
+        return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))
+
+
+def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:
+    return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
+
+
+def _prepare(model: nn.Module, plan: Plan, course: Course) -> list[_Surgery]:
+    """Do all that can fail: edit the graphs and write the code. Owners that cannot be followed are left as they are."""
+    twin = make_twin(model)
+    surgeries: dict[str, _Surgery] = {}
+    for entry, sites in plan.iterate_entries():
+        prefix = f"{entry.path}." if entry.path else ""
+        owner = twin.model.get_submodule(entry.path)
+        names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
+        bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
+        single = _list_below(prefix, (path for path, num in course.num_calls.items() if num == 1))
+        try:
+            trace = trace_entry(twin, entry, decode_call(plan.calls[entry.key], twin), training=False)
+            if trace.doubt or not names:
+                continue
+            fusions = fuse_blocks(owner, trace.graph, names, bare=bare, single=single)
+            method = None if isinstance(owner, fx.GraphModule) else write_method(owner, [trace])
+        except TraceError:
+            continue
+        surgery = surgeries.setdefault(entry.path, _Surgery(entry.path))
+        surgery.fusions += fusions
+        if method is None:
+            surgery.graph = forget_values(trace.graph)
+        else:
+            surgery.methods[entry.method] = method
+    for surgery in surgeries.values():
+        if surgery.methods:
+            base = type(model.get_submodule(surgery.path))
+            notes = [str(fusion) for fusion in surgery.fusions]
+            surgery.cls = derive_class(base, notes, surgery.methods, prefix="Fast", purpose="for evaluation")
+    return list(surgeries.values())

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.calls import Entry, decode_call
+from se_inject.ejection import eject
 from se_inject.plan import Plan
-from se_inject.rewrite import blocks
 from se_inject.twin import Twin, make_twin, quiet, set_training
 
 
@@ -51,11 +51,7 @@ def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
     """
     after = _count(model, plan)
     twin = make_twin(model)
-    for path in blocks(model):
-        block = twin.model.get_submodule(path)
-        block._parameters.clear()
-        block._modules.clear()
-        block.forward = lambda *maps: maps if len(maps) > 1 else maps[0]
+    eject(twin.model, inplace=True)
     return _count(twin.model, plan, twin), after
 
 

@@ -290,7 +290,10 @@ def test_copies_and_pickles_are_the_same(resnet, x, tmp_path):
     with torch.no_grad():
         for again in copies:
             assert torch.equal(again(x), optimized(x))
-    code = "import sys, torch; torch.save(torch.load(sys.argv[1], weights_only=False)(torch.load(sys.argv[2])), sys.argv[3])"
+    code = (
+        "import sys, torch; model, x, y = sys.argv[1:]; "
+        "torch.save(torch.load(model, weights_only=False)(torch.load(x)), y)"
+    )
     torch.save(x, tmp_path / "x.pt")
     files = [str(tmp_path / name) for name in ("whole.pt", "x.pt", "y.pt")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}

@@ -4,8 +4,9 @@
 
 For each network: the plain one, timm's with SE, and the plain one with se-inject's blocks. Counted are
 
-- the bytes of an evaluation and of a training step (forward and backward): inputs and outputs of every operator that
-  is not a view, as a TorchDispatchMode sees them;
+- the bytes of an evaluation, and of one after `se_inject.optimize`, which folds the batch norms of all three and fuses
+  our blocks: inputs and outputs of every operator that is not a view, as a TorchDispatchMode sees them;
+- those of a training step (forward and backward);
 - the bytes that are saved for the backward pass: storages that are no parameters or buffers, as saved-tensor hooks see
   them.
 
@@ -16,24 +17,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import se_inject
 from benchmarks.setting import describe_setting
+from se_inject.traffic import ByteCounter, Traffic, measure_traffic
 
 _FOLDER = Path(__file__).parent / "results"
 PAIRS = {
-    "resnet18": "legacy_seresnet18",
+    "resnet18": "seresnet18",
+    "resnet34": "seresnet34",
     "resnet50": "seresnet50",
     "resnet101": "seresnet101",
     "resnet152": "seresnet152",
@@ -41,104 +40,55 @@ PAIRS = {
 }
 """Plain networks and their counterparts in timm."""
 _BATCH_SIZE, _SIZE = 8, 224
-_UNWRITTEN = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What was counted, in bytes.
+class Row(Traffic):
+    """What was counted of a network, in bytes; `optimized` is an evaluation after `se_inject.optimize`."""
 
-    Attributes:
-        evaluation: Read and written by a forward pass in eval mode.
-        training: Read and written by a forward and a backward pass in train mode.
-        saved: Kept between the two.
-    """
-
-    evaluation: int
-    training: int
-    saved: int
+    optimized: int
 
 
-class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of the inputs and outputs of every operator that is not a view.
-
-    What an operator writes into because it was told to (`out=`) is an output alone; it is not read.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not func.is_view and func not in _UNWRITTEN:
-            read = {name: value for name, value in (kwargs or {}).items() if not name.startswith("out")}
-            tensors = [x for x in tree_leaves((args, read, result)) if isinstance(x, Tensor)]
-            self.count += sum(x.numel() * x.element_size() for x in tensors)
-        return result
+COLUMNS = {
+    "evaluation": "bytes, evaluation",
+    "optimized": "bytes, evaluation, optimized",
+    "training": "bytes, training step",
+    "saved": "bytes saved for backward",
+}
 
 
-def measure_traffic(model: nn.Module, images: Tensor) -> Traffic:
-    """Count the bytes of a network, which is left in train mode and without gradients.
-
-    Args:
-        model: On the images' device.
-        images: (N, C, H, W).
-    """
-    model.eval()
-    with torch.no_grad(), ByteCounter() as evaluation:
-        model(images)
-    model.train()
-    with ByteCounter() as training:
-        model(images).sum().backward()
-    model.zero_grad()
-    return Traffic(evaluation.count, training.count, count_saved(model, images))
-
-
-def count_saved(model: nn.Module, images: Tensor) -> int:
-    """Count the bytes of the storages that a forward pass keeps, but for parameters and buffers."""
-    own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in own:
-            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
-    with saved_tensors_hooks(pack, lambda x: x):
-        outputs = model(images)
-    del outputs
-    return sum(saved.values())
-
-
-def measure_pair(name: str) -> dict[str, Traffic]:
+def measure_pair(name: str) -> dict[str, Row]:
     """Count the bytes of a plain network, of timm's counterpart, and of the injected one."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "plain": lambda: timm.create_model(name),
         "timm": lambda: timm.create_model(PAIRS[name]),
         "se-inject": lambda: se_inject.inject(timm.create_model(name)),
     }
+    images = torch.randn(_BATCH_SIZE, 3, _SIZE, _SIZE)
     found = {}
     for kind, make in makers.items():
-        found[kind] = measure_traffic(make(), torch.randn(_BATCH_SIZE, 3, _SIZE, _SIZE))
+        model = make()
+        optimized = se_inject.optimize(model)
+        with torch.no_grad(), ByteCounter() as counter:
+            optimized(images)
+        found[kind] = Row(**asdict(measure_traffic(model, images)), optimized=counter.count)
     return found
 
 
-def write_table(found: Mapping[str, Mapping[str, Traffic]], setting: Mapping[str, str]) -> str:
+def write_table(found: Mapping[str, Mapping[str, Row]], setting: Mapping[str, str]) -> str:
     """Write the ratios to the plain network as a table."""
     lines = [
         "# Memory traffic of SE, counted", "", f"`python -m benchmarks.traffic --networks {' '.join(found)}`", "",
         "; ".join(f"{key} {value}" for key, value in setting.items()) + ".", "",
-        f"Batches of {_BATCH_SIZE} images of {_SIZE} pixels, fp32, contiguous; the plain network is 1.", "",
-        "| network | SE | bytes, evaluation | bytes, training step | bytes saved for backward |",
-        "|---|---|---|---|---|",
+        f"Batches of {_BATCH_SIZE} images of {_SIZE} pixels, fp32, contiguous. The plain network is 1 (optimized: with",
+        "its batch norms folded).", "",
+        f"| network | SE | {' | '.join(COLUMNS.values())} |",
+        "|---|---|" + "---|" * len(COLUMNS),
     ]  # fmt: skip
     for name, kinds in found.items():
         plain = kinds["plain"]
         for kind in ("timm", "se-inject"):
-            ratios = [getattr(kinds[kind], f) / getattr(plain, f) for f in ("evaluation", "training", "saved")]
+            ratios = [getattr(kinds[kind], field) / getattr(plain, field) for field in COLUMNS]
             network = f"{name} ({PAIRS[name]})" if kind == "timm" else name
             lines.append(f"| {network} | {kind} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
     return "\n".join(lines) + "\n"
@@ -152,7 +102,7 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: measure_pair(name) for name in options.networks}
     setting = describe_setting()
-    values = {name: {kind: asdict(traffic) for kind, traffic in kinds.items()} for name, kinds in found.items()}
+    values = {name: {kind: asdict(row) for kind, row in kinds.items()} for name, kinds in found.items()}
     options.out.write_text(json.dumps({"setting": setting, "bytes": values}, indent=1) + "\n")
     table = write_table(found, setting)
     options.out.with_suffix(".md").write_text(table)

@@ -285,6 +285,58 @@ def run_export(
         )
 
 
+@app.command("bench")
+@takes(open_model=open_model, read_options=read_options)
+def run_bench(
+    open_model: Callable[[], Opened],
+    *,
+    batch_size: Annotated[int, typer.Option("--batch", metavar="N", help="Images at once.")] = 1,
+    input_size: InputSize = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare", metavar="NAME", help="A network to measure beside it, as timm:seresnet50. Repeatable."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each is timed, in turn.")] = 20,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Through torch.compile too.")] = True,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Maps with the channels last.")] = False,
+    precision: Annotated[str, typer.Option("--precision", metavar="fp32|bf16", help="bf16 is autocast.")] = "fp32",
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Of the CPU; torch's choice.")] = None,
+    device: Device = "auto",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")
+    ] = None,
+    read_options: Callable[[], dict[str, Any]],
+    as_json: AsJson = False,
+) -> None:
+    """Measure what SE costs: bytes, memory and time of the plain, the injected, the optimized network and of peers."""
+    from se_inject.sources import open_network
+    from se_inject.speed import Conditions, measure_network
+    from se_inject.world import choose_device
+
+    if plot is not None:
+        from se_inject.files import check_target
+        from se_inject.speed_chart import SUFFIXES, draw_speed
+
+        check_target(plot, SUFFIXES)
+    conditions = Conditions(
+        batch_size, input_size, rounds, compiled, channels_last, precision, threads, choose_device(device)
+    )
+    network, source = open_model()
+    peers = {name: open_network(name, pretrained=False).model for name in compare or ()}
+    options = read_options()
+    measured = measure_network(network, conditions, peers=peers, options=options, report=console.talk)
+    if plot is not None:
+        draw_speed(measured.rows, f"{source or type(network).__name__}, {measured.describe()}", plot)
+        console.talk(f"wrote {plot}")
+    if as_json:
+        console.print_json(measured.to_values())
+    else:
+        console.print_speed(measured.rows)
+        console.talk(measured.describe())
+
+
 @app.command("demo")
 def run_demo(
     *,

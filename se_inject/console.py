@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from se_inject.images import Prediction
     from se_inject.plan import Plan
     from se_inject.scores import Scores
+    from se_inject.speed import Row
 
 _WIDTH_OF_PIPES = 140
 _COLUMNS = ("block", "kind", "merge", "branch", "channels", "hidden", "parameters")
@@ -212,3 +213,46 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
         talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
     if unreadable:
         talk(f"{len(unreadable)} images could not be read and are not counted: {', '.join(unreadable[:5])}")
+
+
+def print_speed(rows: Sequence[Row]) -> None:
+    """Print what SE costs: what was counted, and what was timed; each in relation to the plain network."""
+    from se_inject.speed import get_base
+
+    by_name = {row.name: row for row in rows}
+    base = {row.name: by_name[get_base(row.name)] for row in rows}
+    counted = Table(box=box.SIMPLE_HEAD, title="counted", title_justify="left")
+    for name in (
+        "network",
+        "parameters",
+        "GFLOPs an image",
+        "MB moved",
+        "",
+        "training",
+        "",
+        "MB saved",
+        "",
+        "peak MB",
+        "",
+    ):
+        counted.add_column(name, justify="left" if name == "network" else "right")
+    for row in rows:
+        cells = [escape(row.name), f"{row.parameters:,}", f"{row.flops / 1e9:.3f}"]
+        for field in ("bytes_moved", "bytes_training", "bytes_saved", "peak"):
+            value, plain = getattr(row, field), getattr(base[row.name], field)
+            cells += ["", ""] if value is None else [f"{value / 1e6:,.1f}", f"x{value / plain:.3f}" if plain else ""]
+        counted.add_row(*cells)
+    stdout.print(counted)
+    for mode in dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures)):
+        timed = Table(box=box.SIMPLE_HEAD, title=mode, title_justify="left")
+        for name in ("network", "p50 ms", "p95 ms", "images/s", "time", "compared to"):
+            timed.add_column(name, justify="left" if name in ("network", "compared to") else "right")
+        for row in rows:
+            timing = row.timings.get(mode)
+            if timing is None:
+                timed.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures.get(mode, "")))
+                continue
+            ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
+            numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)
+            timed.add_row(escape(row.name), *numbers, base[row.name].name)
+        stdout.print(timed)

@@ -71,15 +71,27 @@ def join_world(device: str = "auto") -> Iterator[World]:
     Raises:
         OptionError: There is no such device.
     """
+    found = init_distributed_device_so(choose_device(device))
+    try:
+        yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    finally:
+        if found["distributed"]:
+            dist.destroy_process_group()
+
+
+def choose_device(device: str) -> str:
+    """Choose a device that can be used.
+
+    Args:
+        device: "cpu", "cuda" or another name of torch; "auto" is CUDA where there is one.
+
+    Raises:
+        OptionError: There is no such device.
+    """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
         raise OptionError(f"device is {device!r}, which cannot be used here: {line}") from error
-    found = init_distributed_device_so(name)
-    try:
-        yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
-    finally:
-        if found["distributed"]:
-            dist.destroy_process_group()
+    return name

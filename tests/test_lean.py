@@ -8,9 +8,9 @@ from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.traffic import ByteCounter, count_saved
 from se_inject import SqueezeExcite
 from se_inject.lean import sum_products
+from se_inject.traffic import ByteCounter, count_saved
 
 LAYOUTS = {
     "contiguous": ((3, 16, 12, 11), {}, None),

@@ -14,10 +14,10 @@ import torchvision
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from benchmarks.traffic import ByteCounter
 from se_inject import SqueezeExcite, blocks, eject, inject, load, make_plan, optimize, save, standardize
 from se_inject.errors import ArtifactError, ExampleError, ModelError
 from se_inject.fused import FusedSqueezeExcite
+from se_inject.traffic import ByteCounter
 from tests import nets
 
 SIZE = 64

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from benchmarks.traffic import ByteCounter, Traffic, measure_traffic, write_table
+from benchmarks.traffic import Row, write_table
 from se_inject import inject
+from se_inject.traffic import ByteCounter, measure_traffic
 from tests import nets
 
 MAP = 2 * 3 * 4 * 4 * 4
@@ -31,7 +32,27 @@ def test_blocks_cost_traffic_and_the_table_has_the_ratios():
     plain = nets.Residual(8)
     torch.manual_seed(0)
     images = torch.randn(2, 8, 16, 16)
-    found = {"plain": measure_traffic(plain, images), "se-inject": measure_traffic(inject(plain, r=4), images)}
-    assert found["se-inject"].training > found["plain"].training
-    table = write_table({"resnet18": {**found, "timm": Traffic(*(2 * n for n in vars(found["plain"]).values()))}}, {})
-    assert "| resnet18 (legacy_seresnet18) | timm | 2.000 | 2.000 | 2.000 |" in table
+    counted = [measure_traffic(model, images) for model in (plain, inject(plain, r=4))]
+    assert counted[1].training > counted[0].training
+    rows = [Row(traffic.evaluation, traffic.training, traffic.saved, 100) for traffic in counted]
+    twice = Row(*(2 * n for n in vars(rows[0]).values()))
+    table = write_table({"resnet18": {"plain": rows[0], "se-inject": rows[1], "timm": twice}}, {})
+    assert "| resnet18 (seresnet18) | timm | 2.000 | 2.000 | 2.000 | 2.000 |" in table
+
+
+def test_what_is_written_into_is_not_read():
+    x, y = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    with ByteCounter() as counter:
+        torch.mul(x, y, out=x)
+    assert counter.count == 3 * MAP
+
+
+def test_the_peak_is_what_is_held_at_once():
+    x = torch.randn(2, 3, 4, 4)
+    with ByteCounter() as counter:
+        y = x + 1
+        z = y * 2
+        del y
+        z = z * 3
+        z.mul_(2)
+    assert counter.peak == 2 * MAP

@@ -67,7 +67,3 @@ class DataError(SEInjectError, ValueError):
 
 class TrainingError(SEInjectError, RuntimeError):
     """A training run cannot go on; the message says where it stopped and what is kept."""
-
-
-class SpeedError(SEInjectError, RuntimeError):
-    """A network cannot be measured; the message says on what it does not run."""

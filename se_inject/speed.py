@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.calls import Entry, decode_call
 from se_inject.ejection import eject
-from se_inject.errors import OptionError, SpeedError
+from se_inject.errors import ExampleError, OptionError
 from se_inject.optimization import optimize
 from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.traffic import ByteCounter, measure_traffic
@@ -172,7 +172,7 @@ def measure_network(
     Raises:
         ModelError: The network is optimized, or cannot be injected.
         EmptyPlanError: It has no place for a block.
-        SpeedError: A network does not run on the input.
+        ExampleError: A network does not run on the input.
     """
     injected = inject(network, **(options or {})) if find_plan(network) is None else network
     networks = {PLAIN: eject(injected), "injected": injected, **(peers or {})}
@@ -193,7 +193,9 @@ def _choose_shape(injected: nn.Module, conditions: Conditions) -> tuple[int, ...
     call = decode_call(get_plan(injected).calls[Entry("").key], twin)
     tensors = [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
     if len(tensors) != 1:
-        raise SpeedError(f"{type(injected).__name__} takes {len(tensors)} tensors; a network of one input is measured")
+        raise ExampleError(
+            f"{type(injected).__name__} takes {len(tensors)} tensors; a network of one input is measured"
+        )
     channels, *sizes = tensors[0].shape[1:]
     return (conditions.batch_size, channels, *(conditions.input_size or size for size in sizes))
 
@@ -214,7 +216,7 @@ def compare_speed(
         report: Is told what happens.
 
     Raises:
-        SpeedError: A network does not run on the input.
+        ExampleError: A network does not run on the input.
     """
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(conditions.device)
     if conditions.channels_last:
@@ -260,32 +262,28 @@ def _name_optimized(name: str) -> str:
 
 
 def _count(model: nn.Module, images: Tensor, conditions: Conditions, *, trains: bool) -> dict[str, Any]:
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(images)
+    peak = None
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        with torch.no_grad(), _casting(conditions):
             model(images)
-        is_cuda = images.is_cuda
-        if is_cuda:
-            torch.cuda.reset_peak_memory_stats(images.device)
-            before = torch.cuda.memory_allocated(images.device)
-            with torch.no_grad(), _casting(conditions):
-                model(images)
-            peak = torch.cuda.max_memory_allocated(images.device) - before
-        with torch.no_grad(), _casting(conditions), ByteCounter() as counter:
-            model(images)
-        traffic = None
-        if trains:
-            with _casting(conditions):
-                traffic = measure_traffic(copy.deepcopy(model), images)
-    except Exception as error:
-        shape = tuple(images.shape)
-        raise SpeedError(f"{type(model).__name__} does not run on {shape}: {get_first_line(error)}") from error
+        peak = torch.cuda.max_memory_allocated(images.device) - before
+    with torch.no_grad(), _casting(conditions), ByteCounter() as counter:
+        model(images)
+    traffic = None
+    if trains:
+        with _casting(conditions):
+            traffic = measure_traffic(copy.deepcopy(model), images)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": flops.get_total_flops() // len(images),
         "bytes_moved": counter.count,
         "bytes_training": traffic and traffic.training,
         "bytes_saved": traffic and traffic.saved,
-        "peak": peak if is_cuda else counter.peak,
+        "peak": counter.peak if peak is None else peak,
     }
 
 
@@ -322,9 +320,9 @@ def _time(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> d
 
 def _rotate(names: list[str], by: int) -> Iterable[str]:
     """Each network comes at each place, and not always after the same one."""
-    start = by % len(names)
+    start = by % max(1, len(names))
     order = names[start:] + names[:start]
-    return order if (by // len(names)) % 2 == 0 else reversed(order)
+    return order if (by // max(1, len(names))) % 2 == 0 else reversed(order)
 
 
 def _run_once(run: Callable[[], object], device: str) -> float:

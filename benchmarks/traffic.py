@@ -54,6 +54,7 @@ COLUMNS = {
     "optimized": "bytes, evaluation, optimized",
     "training": "bytes, training step",
     "saved": "bytes saved for backward",
+    "peak": "peak of a training step",
 }
 
 

@@ -221,26 +221,21 @@ def print_speed(rows: Sequence[Row]) -> None:
 
     by_name = {row.name: row for row in rows}
     base = {row.name: by_name[get_base(row.name)] for row in rows}
+    fields = {
+        "bytes_moved": "MB moved",
+        "bytes_training": "training step",
+        "bytes_saved": "MB saved",
+        "peak": "peak MB",
+        "peak_training": "training step",
+    }
     counted = Table(box=box.SIMPLE_HEAD, title="counted", title_justify="left")
-    for name in (
-        "network",
-        "parameters",
-        "GFLOPs an image",
-        "MB moved",
-        "",
-        "training",
-        "",
-        "MB saved",
-        "",
-        "peak MB",
-        "",
-    ):
+    for name in ("network", "parameters", "GFLOPs an image", *fields.values()):
         counted.add_column(name, justify="left" if name == "network" else "right")
     for row in rows:
         cells = [escape(row.name), f"{row.parameters:,}", f"{row.flops / 1e9:.3f}"]
-        for field in ("bytes_moved", "bytes_training", "bytes_saved", "peak"):
+        for field in fields:
             value, plain = getattr(row, field), getattr(base[row.name], field)
-            cells += ["", ""] if value is None else [f"{value / 1e6:,.1f}", f"x{value / plain:.3f}" if plain else ""]
+            cells.append("" if value is None else f"{value / 1e6:,.1f}" + (f"  x{value / plain:.3f}" if plain else ""))
         counted.add_row(*cells)
     stdout.print(counted)
     for mode in dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures)):
@@ -249,8 +244,9 @@ def print_speed(rows: Sequence[Row]) -> None:
             timed.add_column(name, justify="left" if name in ("network", "compared to") else "right")
         for row in rows:
             timing = row.timings.get(mode)
+            if mode in row.failures:
+                timed.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures[mode]))
             if timing is None:
-                timed.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures.get(mode, "")))
                 continue
             ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
             numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)

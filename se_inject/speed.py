@@ -25,11 +25,11 @@ from se_inject.ejection import eject
 from se_inject.errors import ExampleError, OptionError
 from se_inject.optimization import optimize
 from se_inject.rewrite import find_plan, get_plan, inject
-from se_inject.traffic import ByteCounter, measure_traffic
+from se_inject.traffic import ByteCounter, add_up, measure_traffic
 from se_inject.twin import get_first_line, make_twin
 
-Mode = Literal["eager", "compiled", "graph"]
-"""Of running a network: as it is, through torch.compile, or replayed as a CUDA graph."""
+Mode = Literal["eager", "compiled", "graph", "training"]
+"""Of running a network: as it is, through torch.compile, replayed as a CUDA graph; or a step forward and back."""
 PLAIN, PLAIN_OPTIMIZED = "plain", "plain, optimized"
 _WARM_UPS = 3
 
@@ -43,6 +43,7 @@ class Conditions:
         input_size: Height and width of an image; that of the injection if None.
         rounds: How often each network is timed.
         compiled: Whether they are run through torch.compile too.
+        training: Whether steps of training (forward and backward) are timed too.
         channels_last: Whether maps lie in memory with the channels last.
         precision: "fp32", or "bf16" for autocast.
         threads: Of the CPU; torch's choice if None.
@@ -53,6 +54,7 @@ class Conditions:
     input_size: int | None = None
     rounds: int = 20
     compiled: bool = True
+    training: bool = False
     channels_last: bool = False
     precision: str = "fp32"
     threads: int | None = None
@@ -73,8 +75,14 @@ class Conditions:
 
     def list_modes(self) -> list[Mode]:
         """List the ways of running."""
-        modes: list[Mode] = ["eager", *(["compiled"] if self.compiled else [])]  # type: ignore[list-item]
-        return [*modes, "graph"] if torch.device(self.device).type == "cuda" else modes
+        is_cuda = torch.device(self.device).type == "cuda"
+        wanted: dict[Mode, bool] = {
+            "eager": True,
+            "compiled": self.compiled,
+            "graph": is_cuda,
+            "training": self.training,
+        }
+        return [mode for mode, is_wanted in wanted.items() if is_wanted]
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ class Row:
         bytes_saved: Kept for the backward pass of it.
         peak: Bytes that an evaluation holds at once beside parameters: on CUDA what the allocator gives, elsewhere the
             tensors that are made.
+        peak_training: Likewise of a training step, with the gradients.
         timings: By the way of running.
         failures: Of ways of running that did not work, the reasons.
     """
@@ -120,6 +129,7 @@ class Row:
     bytes_training: int | None
     bytes_saved: int | None
     peak: int
+    peak_training: int | None
     timings: Mapping[str, Timing]
     failures: Mapping[str, str]
 
@@ -231,6 +241,8 @@ def compare_speed(
     for mode in conditions.list_modes():
         runs = {}
         for name, model in models.items():
+            if mode == "training" and name not in networks:
+                continue
             report(f"warming up {name}, {mode}")
             try:
                 runs[name] = _make_run(model, images, mode, conditions)
@@ -264,27 +276,33 @@ def _name_optimized(name: str) -> str:
 def _count(model: nn.Module, images: Tensor, conditions: Conditions, *, trains: bool) -> dict[str, Any]:
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(images)
-    peak = None
-    if images.is_cuda:
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-        with torch.no_grad(), _casting(conditions):
-            model(images)
-        peak = torch.cuda.max_memory_allocated(images.device) - before
     with torch.no_grad(), _casting(conditions), ByteCounter() as counter:
         model(images)
-    traffic = None
+    traffic, peak, peak_training = None, counter.peak, None
     if trains:
         with _casting(conditions):
             traffic = measure_traffic(copy.deepcopy(model), images)
+        peak_training = traffic.peak
+    if images.is_cuda:
+        peak = _measure_peak(_make_run(model, images, "eager", conditions), images)
+        if trains:
+            peak_training = _measure_peak(_make_run(model, images, "training", conditions), images)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": flops.get_total_flops() // len(images),
         "bytes_moved": counter.count,
         "bytes_training": traffic and traffic.training,
         "bytes_saved": traffic and traffic.saved,
-        "peak": counter.peak if peak is None else peak,
+        "peak": peak,
+        "peak_training": peak_training,
     }
+
+
+def _measure_peak(run: Callable[[], object], images: Tensor) -> int:
+    torch.cuda.reset_peak_memory_stats(images.device)
+    before = torch.cuda.memory_allocated(images.device)
+    run()
+    return int(torch.cuda.max_memory_allocated(images.device) - before)
 
 
 def _casting(conditions: Conditions) -> Any:
@@ -295,6 +313,8 @@ def _casting(conditions: Conditions) -> Any:
 
 def _make_run(model: nn.Module, images: Tensor, mode: Mode, conditions: Conditions) -> Callable[[], object]:
     called = torch.compile(model) if mode == "compiled" else model
+    if mode == "training":
+        return _make_step(copy.deepcopy(model), images, conditions)
 
     def run() -> object:
         with torch.no_grad(), _casting(conditions):
@@ -308,6 +328,20 @@ def _make_run(model: nn.Module, images: Tensor, mode: Mode, conditions: Conditio
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def _make_step(model: nn.Module, images: Tensor, conditions: Conditions) -> Callable[[], object]:
+    model.train()
+
+    def run() -> None:
+        with _casting(conditions):
+            loss = add_up(model(images))
+        loss.backward()  # type: ignore[no-untyped-call]  # torch
+        model.zero_grad()
+
+    for _ in range(_WARM_UPS):
+        run()
+    return run
 
 
 def _time(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> dict[str, Timing]:

@@ -27,14 +27,16 @@ class Traffic:
         evaluation: Read and written by a forward pass in eval mode.
         training: Read and written by a forward and a backward pass in train mode.
         saved: Kept between the two.
+        peak: Held at once in a training step, beside parameters and buffers: maps and gradients.
     """
 
     evaluation: int
     training: int
     saved: int
+    peak: int
 
 
-class ByteCounter(TorchDispatchMode):
+class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Counts the bytes of the inputs and outputs of every operator that is not a view, and the peak of what is held.
 
     What an operator writes into because it was told to (`out=`) is an output alone; it is not read. The peak is that of
@@ -42,7 +44,7 @@ class ByteCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
         self.peak = 0
         self._held = 0
@@ -89,9 +91,9 @@ def measure_traffic(model: nn.Module, images: Tensor) -> Traffic:
         model(images)
     model.train()
     with ByteCounter() as training:
-        add_up(model(images)).backward()
+        add_up(model(images)).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()
-    return Traffic(evaluation.count, training.count, count_saved(model, images))
+    return Traffic(evaluation.count, training.count, count_saved(model, images), training.peak)
 
 
 def add_up(outputs: object) -> Tensor:

@@ -3,9 +3,9 @@
     python -m benchmarks.latency
 
 Runs `se-inject bench` for ResNet-50 (on CUDA for ResNet-152 too) at several batch sizes and layouts, eager and
-compiled, with steps of training. Every number is the median over rounds of a ratio to the plain network in the same round; where
-both are optimized, to the plain one with its batch norms folded. Writes benchmarks/results/latency.json and latency.md;
-on CUDA latency-cuda.json and latency-cuda.md. Nothing else should run beside it.
+compiled, with steps of training. Every number is the median over rounds of a ratio to the plain network in the same
+round; where both are optimized, to the plain one with its batch norms folded. Writes benchmarks/results/latency.json
+and latency.md; on CUDA latency-cuda.json and latency-cuda.md. Nothing else should run beside it.
 """
 
 from __future__ import annotations

@@ -73,10 +73,21 @@ def _drop_idle(owner: nn.Module, graph: fx.Graph, bare: set[str]) -> None:
 
 
 def _is_idle(owner: nn.Module, node: fx.Node, bare: set[str]) -> bool:
-    if node.op != "call_module" or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
+    child = _find_child(owner, node)
+    if child is None or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
         return False
     gives_it_back = node.meta["value"] is node.args[0].meta["value"] and not node.meta["mutates"]
-    return (node.target in bare or gives_it_back) and not is_hooked(owner.get_submodule(str(node.target)))
+    return (node.target in bare or gives_it_back) and not is_hooked(child)
+
+
+def _find_child(owner: nn.Module, node: fx.Node) -> nn.Module | None:
+    """Return the child that a node calls; a method with a code of its own, as `forward_features`, is none."""
+    if node.op != "call_module":
+        return None
+    try:
+        return owner.get_submodule(str(node.target))
+    except AttributeError:
+        return None
 
 
 def _take_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -99,8 +110,8 @@ def _take_activation(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> Activa
         return ""
     [reader] = readers
     if reader.op == "call_module":
-        layer = owner.get_submodule(str(reader.target))
-        is_relu = type(layer) is nn.ReLU and not is_hooked(layer)
+        layer = _find_child(owner, reader)
+        is_relu = isinstance(layer, nn.ReLU) and type(layer) is nn.ReLU and not is_hooked(layer)
     else:
         is_relu = getattr(reader.target, "__name__", reader.target) in ("relu", "relu_")
     if not is_relu or reader.all_input_nodes != [node]:
@@ -116,10 +127,10 @@ def _take_convolution(owner: nn.Module, graph: fx.Graph, node: fx.Node, single: 
     maps = [x for x in node.args if isinstance(x, fx.Node)]
     overwrites = all(set(x.users) == {node} and _is_fresh(owner, graph, x) for x in maps)
     [source] = maps if len(maps) == 1 else [None]
-    if source is None or source.op != "call_module" or set(source.users) != {node} or len(source.args) != 1:
+    layer = None if source is None else _find_child(owner, source)
+    if source is None or layer is None or set(source.users) != {node} or len(source.args) != 1:
         return Fusion(name, overwrites=overwrites)
-    path = str(source.target)
-    layer, [inner] = owner.get_submodule(path), source.args
+    path, [inner] = str(source.target), source.args
     is_known = type(layer) in _CONVOLUTIONS and not is_hooked(layer)
     if not isinstance(layer, _ConvNd) or not is_known or path not in single or not isinstance(inner, fx.Node):
         return Fusion(name, overwrites=overwrites)
@@ -140,11 +151,12 @@ def _is_narrow(layer: _ConvNd, block: nn.Module) -> bool:
 
 def _is_fresh(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
     """Tell whether a child made a map that nothing else holds."""
-    if node.op != "call_module":
+    child = _find_child(owner, node)
+    if child is None:
         return False
     own = {_get_storage(x) for x in (*owner.parameters(), *owner.buffers())}
     others = {_get_storage(x) for n in graph.nodes if n is not node for x in _list_tensors(n)}
-    is_looked_at = any(is_hooked(m) for m in owner.get_submodule(str(node.target)).modules())
+    is_looked_at = any(map(is_hooked, child.modules()))
     return not is_looked_at and not {_get_storage(x) for x in _list_tensors(node)} & (own | others)
 
 

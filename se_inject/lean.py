@@ -125,14 +125,14 @@ def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: T
     link.norm, origin = _find_norm(x)
     is_alike = shortcut is not None and are_alike(x, shortcut)
     scaled: Tensor = _Scale.apply(squeezed, x, gate, link, shortcut if is_alike else None, *origin)
-    return scaled if shortcut is None or is_alike else shortcut + scaled
+    return scaled if shortcut is None or is_alike else scaled + shortcut
 
 
 def multiply(x: Tensor, gate: Tensor, shortcut: Tensor | None = None) -> Tensor:
     """Multiply a map by its gate, and add another one to it, by plain operators."""
     if shortcut is None:
         return x * gate
-    return torch.addcmul(shortcut, x, gate) if are_alike(x, shortcut) else shortcut + x * gate
+    return torch.addcmul(shortcut, x, gate) if are_alike(x, shortcut) else x * gate + shortcut
 
 
 def are_alike(x: Tensor, shortcut: Tensor) -> bool:

@@ -13,14 +13,15 @@ value, over the first images.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from se_inject import SqueezeExcite, kernels
 from se_inject.fused import FusedSqueezeExcite
 
 _STAGES = {"layer1": (64, 56), "layer2": (128, 28), "layer3": (256, 14), "layer4": (512, 7)}
-"""C_in and size of the maps that the last convolutions of a ResNet-50's bottlenecks are handed; they make C = 4 C_in."""
+"""C_in and size of the maps that the last convolutions of a ResNet-50's bottlenecks are handed; C is 4 C_in."""
 _BATCH_SIZES = (1, 32, 256)
 _NUM_CHECKED = 4
 _MILLISECONDS = 3.0
@@ -55,8 +56,17 @@ class Step:
     num_bytes: int
 
 
+def make_block(inner: int, *, device: str, dtype: torch.dtype) -> FusedSqueezeExcite:
+    """Make a block with its 1x1 convolution of `inner` to four times as many channels, and a ReLU."""
+    block = SqueezeExcite(4 * inner, 16)
+    nn.init.normal_(block.fc2.weight, std=0.1)
+    fused = FusedSqueezeExcite(block, convolution=nn.Conv2d(inner, 4 * inner, 1), activation="relu")
+    fused = fused.to(device, dtype).to(memory_format=torch.channels_last)
+    return fused.requires_grad_(requires_grad=False).eval()
+
+
 def make_steps(num: int, inner: int, size: int, *, device: str, dtype: torch.dtype) -> dict[str, Step]:
-    """Make the steps of a block with its 1x1 convolution, shortcut and ReLU, from drawn maps (N, C, H, W).
+    """Make the steps of a block, from drawn maps with the channels last.
 
     Args:
         num: N.
@@ -66,82 +76,64 @@ def make_steps(num: int, inner: int, size: int, *, device: str, dtype: torch.dty
         dtype: Their type.
     """
     torch.manual_seed(0)
-    channels = 4 * inner
-    block = SqueezeExcite(channels, 16)
-    nn.init.normal_(block.fc2.weight, std=0.1)
-    fused = FusedSqueezeExcite(block, convolution=nn.Conv2d(inner, channels, 1), activation="relu")
-    fused = fused.to(device, dtype).to(memory_format=torch.channels_last).requires_grad_(requires_grad=False).eval()
-    convolution, layers = fused.convolution, (fused.fc1.weight, fused.fc1.bias, fused.fc2.weight, fused.fc2.bias)
-    assert convolution is not None
-    assert fused.fc1.bias is not None
+    fused = make_block(inner, device=device, dtype=dtype)
+    with_kernels, exact = copy.deepcopy(fused), copy.deepcopy(fused).double()
+    with_kernels.kernels = True
+    first, second, convolution = fused.fc1, fused.fc2, cast("nn.Conv2d", fused.convolution)
+    layers = (first.weight, cast("Tensor", first.bias), second.weight, second.bias)
+    matrix, bias = convolution.weight.flatten(1), convolution.bias
 
-    def draw(num_channels: int) -> Tensor:
-        x = torch.randn(num, num_channels, size, size, device=device).to(dtype)
+    def draw(channels: int) -> Tensor:
+        x = torch.randn(num, channels, size, size, device=device).to(dtype)
         return x.contiguous(memory_format=torch.channels_last)
 
-    h, y, shortcut = draw(inner), draw(channels), draw(channels)
+    def cut(x: Tensor) -> Tensor:
+        return x[:_NUM_CHECKED].double()
+
+    def finish(y: Tensor) -> Tensor:
+        return F.relu(cut(shortcut) + y * cut(wide_gate))
+
+    h, y, shortcut = draw(inner), draw(4 * inner), draw(4 * inner)
     z, out = h.mean((2, 3)), torch.empty_like(y)
-    gate = kernels.excite(z, *layers, kind="sigmoid", gain=1.0)
-    weight, bias, wide_gate = convolution.weight, convolution.bias, gate[:, :, None, None]
-    with_kernels = FusedSqueezeExcite(block, activation="relu", kernels=True)
-    with_kernels.load_state_dict({k: v for k, v in fused.state_dict().items() if "conv" not in k}, assign=True)
-    with_kernels.convolution, with_kernels.gain = convolution, fused.gain
-
-    def run_block() -> Tensor:
-        made = fused(h, shortcut=shortcut)
-        assert isinstance(made, Tensor)
-        return made
-
-    def run_block_of_kernels() -> Tensor:
-        made = with_kernels(h, shortcut=shortcut)
-        assert isinstance(made, Tensor)
-        return made
-
-    def cut(*tensors: Tensor) -> list[Tensor]:
-        return [x[:_NUM_CHECKED].double() for x in tensors]
-
-    def excite_exactly(z: Tensor) -> Tensor:
-        first, bias1, second, bias2 = (x.double() for x in layers if x is not None)
-        return torch.sigmoid(F.linear(F.relu(F.linear(z, first, bias1)), second, bias2))
-
-    def convolve_exactly(h: Tensor, gate: Tensor, shortcut: Tensor) -> Tensor:
-        made = F.conv2d(h, weight.double(), None if bias is None else bias.double())
-        return F.relu(shortcut + made * gate[:, :, None, None])
-
-    def run_block_exactly() -> Tensor:
-        narrow, added = cut(h, shortcut)
-        return convolve_exactly(narrow, excite_exactly(narrow.mean((2, 3))), added)
-
-    map_bytes, wide_bytes = (x.numel() * x.element_size() for x in (h, y))
-    layer_bytes = sum(x.numel() * x.element_size() for x in layers if x is not None)
-    weight_bytes = weight.numel() * weight.element_size()
+    gate = fused.compute_gate(h)
+    wide_gate = gate[:, :, None, None]
+    narrow, wide, weights = (_count_bytes(x) for x in ([h], [y], [matrix]))
     return {
         "squeeze": Step(
-            lambda: h.mean((2, 3)), lambda: kernels.squeeze(h), lambda: cut(h)[0].mean((2, 3)), map_bytes
+            plain=lambda: h.mean((2, 3)),
+            kernel=lambda: kernels.squeeze(h),
+            exact=lambda: cut(h).mean((2, 3)),
+            num_bytes=narrow,
         ),
         "excite": Step(
-            lambda: torch.sigmoid(fused.fc2(F.relu(fused.fc1(z)))),
-            lambda: kernels.excite(z, *layers, kind="sigmoid", gain=1.0),
-            lambda: excite_exactly(*cut(z)),
-            layer_bytes,
+            plain=lambda: fused.gain * torch.sigmoid(second(F.relu(first(z)))),
+            kernel=lambda: kernels.excite(z, *layers, kind="sigmoid", gain=1.0),
+            exact=lambda: torch.sigmoid(exact.fc2(F.relu(exact.fc1(cut(z))))),
+            num_bytes=_count_bytes(layers),
         ),
         "scale": Step(
-            lambda: F.relu_(torch.addcmul(shortcut, y, wide_gate, out=out)),
-            lambda: kernels.scale(y, gate, shortcut, relu=True),
-            lambda: F.relu(cut(shortcut)[0] + cut(y)[0] * cut(wide_gate)[0]),
-            3 * wide_bytes,
+            plain=lambda: F.relu_(torch.addcmul(shortcut, y, wide_gate, out=out)),
+            kernel=lambda: kernels.scale(y, gate, shortcut, relu=True),
+            exact=lambda: finish(cut(y)),
+            num_bytes=3 * wide,
         ),
         "convolve": Step(
-            lambda: F.relu_(torch.addcmul(shortcut, F.conv2d(h, weight, bias), wide_gate, out=out)),
-            lambda: kernels.convolve(h, weight.flatten(1), bias, gate, shortcut, relu=True),
-            lambda: convolve_exactly(*cut(h, gate, shortcut)),
-            map_bytes + 2 * wide_bytes + weight_bytes,
+            plain=lambda: F.relu_(torch.addcmul(shortcut, convolution(h), wide_gate, out=out)),
+            kernel=lambda: kernels.convolve(h, matrix, bias, gate, shortcut, relu=True),
+            exact=lambda: finish(F.conv2d(cut(h), convolution.weight.double(), cast("Tensor", bias).double())),
+            num_bytes=narrow + 2 * wide + weights,
         ),
         "block": Step(
-            run_block, run_block_of_kernels, run_block_exactly,
-            2 * map_bytes + 2 * wide_bytes + weight_bytes + layer_bytes,
+            plain=lambda: cast("Tensor", fused(h, shortcut=shortcut)),
+            kernel=lambda: cast("Tensor", with_kernels(h, shortcut=shortcut)),
+            exact=lambda: cast("Tensor", exact(cut(h), shortcut=cut(shortcut))),
+            num_bytes=2 * narrow + 2 * wide + weights + _count_bytes(layers),
         ),
-    }  # fmt: skip
+    }
+
+
+def _count_bytes(tensors: Iterable[Tensor | None]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
 
 
 def measure_errors(step: Step) -> dict[str, float]:
@@ -171,7 +163,7 @@ def _time(run: Callable[[], object], *, num_calls: int) -> float:
         run()
     stop.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(stop) / num_calls
+    return float(start.elapsed_time(stop)) / num_calls
 
 
 def capture(run: Callable[[], object]) -> Callable[[], None]:
@@ -207,21 +199,14 @@ def _write_line(row: Mapping[str, Any]) -> str:
     for kind in ("eager_ms", "graph_ms"):
         plain, kernel = row[kind]["plain"], row[kind]["kernel"]
         parts.append(f"{kind} {plain:8.4f} -> {kernel:8.4f} (x{kernel / plain:.2f})")
-    speed = row["bytes"] / row["graph_ms"]["kernel"] / 1e6
-    return "  ".join(
-        [*parts, f"{speed:6.0f} GB/s", f"error {row['error']['plain']:.1e} -> {row['error']['kernel']:.1e}"]
-    )
+    speed, errors = row["bytes"] / row["graph_ms"]["kernel"] / 1e6, row["error"]
+    return "  ".join([*parts, f"{speed:6.0f} GB/s", f"error {errors['plain']:.1e} -> {errors['kernel']:.1e}"])
 
 
 def describe_gpu() -> dict[str, str]:
     """Describe the GPU and what drives it."""
-    cuda = str(torch.version.cuda)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "cuda": cuda,
-        "triton": version("triton"),
-        "type": "bf16, channels last",
-    }
+    gpu, cuda = torch.cuda.get_device_name(), str(torch.version.cuda)
+    return {"gpu": gpu, "cuda": cuda, "triton": version("triton"), "maps": "bf16, channels last"}
 
 
 def main() -> None:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from se_inject.block import SqueezeExcite
+from se_inject.folding import is_hooked
+from se_inject.kernels import can_run, convolve, excite, scale, squeeze
 from se_inject.lean import are_alike
 
 Activation = Literal["", "relu"]
@@ -37,6 +39,8 @@ class FusedSqueezeExcite(SqueezeExcite):
         scaled: A convolution that makes the block's map and stays where it is; it takes the gain.
         activation: What follows.
         overwrites: Whether the maps that it is handed may be written on: nothing else reads them.
+        kernels: Whether the operators of `se_inject.kernels` are run, where they do the same: for one map (N, C, H, W)
+            that is squeezed to its mean, and a convolution of one group. They write on no map that they are handed.
     """
 
     def __init__(
@@ -47,12 +51,14 @@ class FusedSqueezeExcite(SqueezeExcite):
         scaled: _ConvNd | None = None,
         activation: Activation = "",
         overwrites: bool = False,
+        kernels: bool = False,
     ) -> None:
         nn.Module.__init__(self)
         self.channels, self.r, self.gain = block.channels, block.r, block.gain
         self.num_spatial, self.channel_dim = block.num_spatial, block.channel_dim
         self.squeeze, self.gate = block.squeeze, block.gate
         self.activation, self.overwrites = activation, overwrites or convolution is not None
+        self.kernels = kernels
         weight, bias = (block.fc1.weight.detach().flatten(1).double(), block.fc1.bias)
         offset = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
         offset += 0 if bias is None else bias.detach().double()
@@ -73,10 +79,36 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def forward(self, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         """Scale, add and activate; see the class for the shapes."""
+        if self.kernels and self._suits_kernels(maps, shortcut):
+            return self._run_kernels(maps[0], shortcut)
         gate = self.compute_gate(*maps)
         made = maps if self.convolution is None else (self.convolution(maps[0]),)
         scaled = [self._finish(x, part, shortcut) for x, part in zip(made, self._split(gate, made), strict=True)]
         return scaled[0] if len(scaled) == 1 else tuple(scaled)
+
+    def _suits_kernels(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> bool:
+        layers = [layer for layer in (self.fc1, self.fc2, self.convolution) if layer is not None]
+        is_usual = self.num_spatial == 2 and self.channel_dim == 1 and self.squeeze == "mean"
+        is_grouped = self.convolution is not None and self.convolution.groups != 1
+        if len(maps) != 1 or not is_usual or is_grouped:
+            return False
+        if not all(type(layer) in (nn.Linear, nn.Conv2d) and not is_hooked(layer) for layer in layers):
+            return False
+        parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        return can_run(maps[0], shortcut, parameters, channels=self.channels)
+
+    def _run_kernels(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        first, second, relu = self.fc1, self.fc2, self.activation == "relu"
+        assert first.bias is not None
+        gate = excite(
+            squeeze(x), first.weight, first.bias, second.weight, second.bias, kind=self.gate, gain=float(self.gain)
+        )
+        if self.convolution is None:
+            made: Tensor = scale(x, gate, shortcut, relu=relu)
+        else:
+            weight, bias = self.convolution.weight.flatten(1), self.convolution.bias
+            made = convolve(x, weight, bias, gate, shortcut, relu=relu)
+        return made
 
     def _finish(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
         y = self._scale(x, gate, shortcut)
@@ -84,7 +116,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def _scale(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
         if shortcut is not None and not are_alike(x, shortcut):
-            return shortcut + x * gate
+            return x * gate + shortcut
         # A new map costs more than the arithmetic: its pages are not in memory yet. Compilers do this by themselves.
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, shortcut))
         out = x if self.overwrites and not differentiated and not torch.compiler.is_compiling() else None
@@ -95,8 +127,9 @@ class FusedSqueezeExcite(SqueezeExcite):
         return self._activate(self.fc2(F.relu(self.fc1(z))))
 
     def extra_repr(self) -> str:
-        """Show what is done beside: `256, 16, relu`."""
-        return super().extra_repr() + (f", {self.activation}" if self.activation else "")
+        """Show what is done beside, and how: `256, 16, relu, kernels`."""
+        rest = (self.activation, "kernels" if self.kernels else "")
+        return ", ".join(part for part in (super().extra_repr(), *rest) if part)
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)

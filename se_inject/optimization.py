@@ -34,7 +34,7 @@ from se_inject.twin import Twin, get_dtype, get_first_line, make_twin, quiet, se
 
 
 @torch.inference_mode(False)
-def optimize(model: nn.Module, example: object = None) -> nn.Module:
+def optimize(model: nn.Module, example: object = None, *, kernels: bool = False) -> nn.Module:
     """Make a network faster for evaluation; the outputs stay equal up to rounding.
 
     Batch norms go into the convolutions before them. A block squeezes through the 1x1 convolution that makes its map
@@ -47,6 +47,11 @@ def optimize(model: nn.Module, example: object = None) -> nn.Module:
         model: From `inject` or `load`, or any other network. It is not changed.
         example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; if None, that of the
             injection, or else one is found.
+        kernels: Whether the blocks run the operators of `se_inject.kernels`, which are Triton kernels on a GPU. These
+            were tested in Triton's interpreter, compiled for GPUs and never timed on one, which is why they are off by
+            default. A block that they do not suit (several maps, channels last in the code, a squeeze to the maximum,
+            a convolution of several groups) goes the plain way, as all do under autocast and where gradients are
+            wanted.
 
     Raises:
         ModelError: The network cannot be copied, or is optimized already.
@@ -73,7 +78,7 @@ def optimize(model: nn.Module, example: object = None) -> nn.Module:
         calls: Iterable[Call] = [fake_example(twin, example)]
     else:
         calls = propose_examples(twin) if plan is None else [decode_call(plan.calls[Entry("").key], twin)]
-    return _optimize(model, twin, calls)
+    return _optimize(model, twin, calls, kernels=kernels)
 
 
 def optimize_again(model: nn.Module, values: object) -> nn.Module:
@@ -89,10 +94,10 @@ def optimize_again(model: nn.Module, values: object) -> nn.Module:
     """
     twin = make_twin(model)
     try:
-        call = decode_call(values, twin)
+        call, kernels = decode_call(values, twin), bool(cast("dict[str, object]", values).get("kernels"))
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
         raise PlanError(f"not an optimization of se-inject: {error}") from error
-    return _optimize(model, twin, [call])
+    return _optimize(model, twin, [call], kernels=kernels)
 
 
 def find_optimization(model: nn.Module) -> object:
@@ -100,7 +105,7 @@ def find_optimization(model: nn.Module) -> object:
     return find_mark(model, OPTIMIZED)
 
 
-def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> nn.Module:
+def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
     plan = find_plan(model)
     target = copy_model(model).eval().requires_grad_(False)
     call, course = _follow(target, twin, calls)
@@ -108,7 +113,10 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> nn.Module:
     fold_norms(target, course.folds)
     for surgery in surgeries:
         surgery.perform(target)
-    mark_module(target, OPTIMIZED, encode_call(call, get_dtype(target)))
+    for block in target.modules():
+        if isinstance(block, FusedSqueezeExcite):
+            block.kernels = kernels
+    mark_module(target, OPTIMIZED, {**encode_call(call, get_dtype(target)), **({"kernels": True} if kernels else {})})
     return target
 
 
@@ -159,7 +167,7 @@ def _follow(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> tuple[Call, 
     first, reason = failures[0]
     raise ExampleError(
         f"{type(model).__name__} does not run on an input of {describe_shapes(first)}: {get_first_line(reason)}; "
-        f"give example= with the shape that it is used on"
+        f"give an input of the shape that it is used on"
     ) from reason
 
 

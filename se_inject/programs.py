@@ -1,0 +1,163 @@
+"""Programs: a network as bytes that run without its code.
+
+Takes a network and a call, gives a program of torch.export or an ONNX model, and what runs the bytes. Knows nothing of
+blocks and of files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import io
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils._pytree import tree_leaves
+
+from se_inject.calls import Call
+from se_inject.errors import ExportError
+from se_inject.twin import get_first_line
+
+TORCH, ONNX = ".pt2", ".onnx"
+INSTALL = "pip install 'se-inject[onnx]'"
+_ONNX_LIMIT = 2**31 - 2**20
+"""Bytes of tensors that one file can hold: protobuf's limit, less room for the graph."""
+# They say what is in the errors too, and that an output is None.
+_LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.onnx._internal.exporter._core")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network as bytes.
+
+    Attributes:
+        data: What a file holds.
+        run: Runs it, with the arguments of the network.
+        is_read: Whether `run` is what was read from the bytes; without onnxruntime it is what they were made from.
+    """
+
+    data: bytes
+    run: Callable[..., object]
+    is_read: bool = True
+
+
+def check_packages(suffix: str) -> None:
+    """Refuse a format whose packages are not installed.
+
+    Raises:
+        ExportError: It is ONNX, and they are not there.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if not _is_installed(name)]
+    if suffix == ONNX and missing:
+        raise ExportError(f"ONNX needs {' and '.join(missing)}, which cannot be found; run: {INSTALL}")
+
+
+def check_size(model: nn.Module, suffix: str) -> None:
+    """Refuse a network that is too large for a format.
+
+    Raises:
+        ExportError: It is ONNX, which holds 2 GB in one file.
+    """
+    size = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    if suffix == ONNX and size > _ONNX_LIMIT:
+        raise ExportError(
+            f"{type(model).__name__} has {size / 1e9:.1f} GB of weights, and one file of ONNX holds 2 GB; write .pt2, "
+            f"or half of it (model.half())"
+        )
+
+
+def make_program(network: nn.Module, call: Call, suffix: str, *, is_dynamic: bool) -> Program:
+    """Export a network, and read back what is to be written.
+
+    Args:
+        network: In eval mode.
+        call: Real tensors that it runs on. torch takes a size of 1 for a constant.
+        suffix: `.pt2` or `.onnx`.
+        is_dynamic: Leave the first dimension of all tensors open; it is the same one.
+
+    Raises:
+        Exception: Whatever torch raises where it cannot follow the network; see `explain_failure`.
+    """
+    with _hushed():
+        exported = _export(network, call, is_dynamic=is_dynamic)
+        if suffix == TORCH:
+            buffer = io.BytesIO()
+            torch.export.save(exported, buffer)
+            return Program(buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module())
+        data = _serialize_onnx(exported, len(list_tensors(call)), is_dynamic=is_dynamic)
+    return Program(data, _open_onnx(data)) if _is_installed("onnxruntime") else Program(data, exported.module(), False)
+
+
+def list_tensors(call: Call) -> list[Tensor]:
+    """List the tensors of a call."""
+    return [x for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor)]
+
+
+def explain_failure(error: BaseException) -> str:
+    """Say in one line what is at the bottom of an error of torch's, without its advice to torch's developers."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return get_first_line(error).partition(" For more information")[0].rstrip("!")
+
+
+def _is_installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _export(network: nn.Module, call: Call, *, is_dynamic: bool) -> ExportedProgram:
+    shapes = None
+    if is_dynamic:
+        shapes, batch = ShapesCollection(), Dim("batch", min=1)  # type: ignore[no-untyped-call]
+        for tensor in list_tensors(call):
+            shapes[tensor] = {0: batch}
+    return torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes)
+
+
+def _serialize_onnx(exported: ExportedProgram, num_inputs: int, *, is_dynamic: bool) -> bytes:
+    outputs = [name for name in exported.graph_signature.user_outputs if isinstance(name, str)]
+    program = torch.onnx.export(
+        exported,
+        dynamo=True,
+        output_names=["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))],
+        dynamic_shapes=({0: "batch"}, *[None] * (num_inputs - 1)) if is_dynamic else None,  # its name alone
+        verbose=False,
+    )
+    assert program is not None
+    return cast("bytes", program.model_proto.SerializeToString())
+
+
+def _open_onnx(data: bytes) -> Callable[..., list[Tensor]]:
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        tensors = list_tensors(Call(args, kwargs))
+        given = {name: tensor.cpu().numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return [torch.from_numpy(array) for array in session.run(None, given)]
+
+    return run
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Keep torch from printing graphs and logging; what matters of it is in its errors, which are reported once."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -25,7 +25,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 21
+    assert len(COMMANDS) == 22
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 

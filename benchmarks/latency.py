@@ -81,9 +81,9 @@ def write_table(found: Sequence[Mapping[str, Any]], setting: Mapping[str, str], 
         "The median over interleaved rounds of the time in relation to the plain network's in the same round. Where a",
         "network is optimized, the plain one is too: its batch norms are folded. The plain network's milliseconds are",
         "those of both. `by bytes` is what the optimized network would be if the bytes that it moves beyond the plain",
-        f"one took their time and nothing else did, at {bandwidth / 1e9:.1f} GB/s (an addition in place, measured first).",
+        f"one took their time and nothing else did, at {bandwidth / 1e9:.1f} GB/s (an addition in place, measured).",
         "",
-        "| network | batch, layout | mode | plain (ms) | injected | timm's SE | optimized | by bytes | timm's SE, folded |",
+        "| network | batch, layout | mode | plain (ms) | injected | timm's | optimized | by bytes | timm's, folded |",
         "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for measured in found:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -237,7 +238,7 @@ def print_speed(rows: Sequence[Row]) -> None:
             value, plain = getattr(row, field), getattr(base[row.name], field)
             cells.append("" if value is None else f"{value / 1e6:,.1f}" + (f"  x{value / plain:.3f}" if plain else ""))
         counted.add_row(*cells)
-    stdout.print(counted)
+    _print_whole(counted)
     for mode in dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures)):
         timed = Table(box=box.SIMPLE_HEAD, title=mode, title_justify="left")
         for name in ("network", "p50 ms", "p95 ms", "images/s", "time", "compared to"):
@@ -251,4 +252,10 @@ def print_speed(rows: Sequence[Row]) -> None:
             ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
             numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)
             timed.add_row(escape(row.name), *numbers, base[row.name].name)
-        stdout.print(timed)
+        _print_whole(timed)
+
+
+def _print_whole(table: Table) -> None:
+    """Print a table with each row on one line, which a narrow terminal breaks but no number is lost."""
+    width = Measurement.get(stdout, stdout.options.update(max_width=1000), table).maximum
+    stdout.print(table, width=max(width, stdout.width), crop=False, no_wrap=True, overflow="ignore")

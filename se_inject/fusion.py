@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_leaves
 
 from se_inject.block import SqueezeExcite
 from se_inject.folding import is_hooked
 from se_inject.fused import Activation
-from se_inject.sums import find_shortcut, replace_sum
+from se_inject.sums import get_storage, is_written_between, list_tensors, take_sum
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -54,7 +53,7 @@ def fuse_blocks(
         nodes = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
         block = owner.get_submodule(name)
         if len(nodes) == 1 and isinstance(block, SqueezeExcite) and not is_hooked(block):
-            node = _take_sum(graph, nodes[0])
+            node = take_sum(graph, nodes[0], in_order=False)
             activation = _take_activation(owner, graph, node)
             fusions.append(replace(_take_convolution(owner, graph, node, single), activation=activation))
     graph.lint()
@@ -90,20 +89,6 @@ def _find_child(owner: nn.Module, node: fx.Node) -> nn.Module | None:
         return None
 
 
-def _take_sum(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    if node.kwargs or len(node.args) != 1:
-        return node
-    readers = list(node.users)
-    shortcut = find_shortcut(node, readers)
-    [source] = node.args
-    assert isinstance(source, fx.Node)
-    if shortcut is None or _is_written_between(graph, source, node, readers[0]):
-        return node
-    total = replace_sum(graph, str(node.target), source, shortcut, readers[0])
-    graph.erase_node(node)
-    return total
-
-
 def _take_activation(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> Activation:
     readers = list(node.users)
     if len(readers) != 1 or "joint" in node.meta or not isinstance(node.meta["value"], Tensor):
@@ -134,7 +119,7 @@ def _take_convolution(owner: nn.Module, graph: fx.Graph, node: fx.Node, single: 
     is_known = type(layer) in _CONVOLUTIONS and not is_hooked(layer)
     if not isinstance(layer, _ConvNd) or not is_known or path not in single or not isinstance(inner, fx.Node):
         return Fusion(name, overwrites=overwrites)
-    if not _is_narrow(layer, owner.get_submodule(name)) or _is_written_between(graph, inner, source, node):
+    if not _is_narrow(layer, owner.get_submodule(name)) or is_written_between(graph, inner, source, node):
         return Fusion(name, scaled=path, overwrites=overwrites)
     node.args = (inner,)
     graph.erase_node(source)
@@ -154,26 +139,7 @@ def _is_fresh(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
     child = _find_child(owner, node)
     if child is None:
         return False
-    own = {_get_storage(x) for x in (*owner.parameters(), *owner.buffers())}
-    others = {_get_storage(x) for n in graph.nodes if n is not node for x in _list_tensors(n)}
+    own = {get_storage(x) for x in (*owner.parameters(), *owner.buffers())}
+    others = {get_storage(x) for n in graph.nodes if n is not node for x in list_tensors(n)}
     is_looked_at = any(map(is_hooked, child.modules()))
-    return not is_looked_at and not {_get_storage(x) for x in _list_tensors(node)} & (own | others)
-
-
-def _is_written_between(graph: fx.Graph, source: fx.Node, start: fx.Node, stop: fx.Node) -> bool:
-    """Tell whether something is written over a map between two of the nodes that could read it."""
-    nodes = list(graph.nodes)
-    storages = {_get_storage(x) for x in _list_tensors(source)}
-    for node in nodes[nodes.index(start) + 1 : nodes.index(stop)]:
-        written = (x for n in node.meta.get("mutates", ()) for x in _list_tensors(n))
-        if any(_get_storage(x) in storages for x in written):
-            return True
-    return False
-
-
-def _list_tensors(node: fx.Node) -> list[Tensor]:
-    return [x for x in tree_leaves(node.meta.get("value")) if isinstance(x, Tensor)]
-
-
-def _get_storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata  # type: ignore[no-any-return]  # torch's
+    return not is_looked_at and not {get_storage(x) for x in list_tensors(node)} & (own | others)

@@ -30,7 +30,8 @@ from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
 from se_inject.planner import Survey, survey_model
 from se_inject.replay import replay_plan
-from se_inject.sums import find_shortcut, replace_sum
+from se_inject.sums import take_sum
+from se_inject.tracing import Trace
 from se_inject.twin import get_device, get_dtype
 
 
@@ -182,7 +183,9 @@ def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:
             surgery.notes.append(f"`{site.name}` gates {gated}")
             for trace, places in zip(inspection.traces, inspection.found, strict=False):
                 if not trace.doubt:
-                    _insert_block(trace.graph, site.name, places[site.index], adds=survey.recipe is None)
+                    _insert_block(trace.graph, site.name, places[site.index])
+        if survey.recipe is None:
+            _take_sums(inspection.traces, {site.name for site in sites})
         owner = survey.twin.model.get_submodule(entry.path)
         if isinstance(owner, fx.GraphModule):
             surgery.graph = forget_values(inspection.traces[0].graph)
@@ -210,20 +213,19 @@ def _make_block(site: Site, survey: Survey, model: nn.Module) -> nn.Module:
     return make_block(site, survey.plan, survey.recipe, device=get_device(home), dtype=get_dtype(home))
 
 
-def _insert_block(graph: fx.Graph, name: str, place: Place, *, adds: bool) -> None:
+def _insert_block(graph: fx.Graph, name: str, place: Place) -> None:
     nodes = {node.name: node for node in graph.nodes}
     sources = [nodes[edge.node] for edge in place.edges]
     readers = [[nodes[consumer] for consumer in edge.consumers] for edge in place.edges]
-    shortcut = find_shortcut(sources[0], readers[0]) if adds and len(sources) == 1 else None
-    if shortcut is not None:
-        replace_sum(graph, name, sources[0], shortcut, readers[0][0])
-        return
     if len(sources) == 1:
         first = next(node for node in graph.nodes if node in readers[0])
         with graph.inserting_before(first):
             block = graph.call_module(name, (sources[0],))
+        block.meta["value"] = sources[0].meta["value"]
         for reader in readers[0]:
             reader.replace_input_with(sources[0], block)
+            written = reader.meta.get("mutates", ())
+            reader.meta["mutates"] = tuple(block if node is sources[0] else node for node in written)
         return
     operations = [nodes[operation] for operation in place.operations]
     for operation in operations[:-1]:
@@ -238,7 +240,16 @@ def _insert_block(graph: fx.Graph, name: str, place: Place, *, adds: bool) -> No
 
 
 def _take_item(graph: fx.Graph, block: fx.Node, i: int, branch: fx.Node) -> fx.Node:
-    return graph.create_node("call_function", operator.getitem, (block, i), name=f"{branch.name}_gated")
+    item = graph.create_node("call_function", operator.getitem, (block, i), name=f"{branch.name}_gated")
+    item.meta["value"] = branch.meta["value"]
+    return item
+
+
+def _take_sums(traces: Iterable[Trace], names: set[str]) -> None:
+    """Let our own blocks add the shortcuts that their maps are added to at once."""
+    for graph in (trace.graph for trace in traces if not trace.doubt):
+        for node in [n for n in graph.nodes if n.op == "call_module" and n.target in names]:
+            take_sum(graph, node, in_order=True)
 
 
 def forget_values(graph: fx.Graph) -> fx.Graph:

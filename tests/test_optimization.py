@@ -382,3 +382,15 @@ def test_a_network_whose_course_depends_on_its_data_is_run():
     optimized = optimize(model, torch.zeros(2, 3, 8, 8))
     assert not any(isinstance(m, _BatchNorm) for m in optimized.modules())
     assert_equal_to_double(model, optimized, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs(resnet, x):
+    optimized, x = optimize(resnet).cuda(), x.cuda()
+    with torch.no_grad():
+        expected = optimized(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = optimized(x)
+        graph.replay()
+    torch.testing.assert_close(found, expected)

@@ -258,4 +258,4 @@ def print_speed(rows: Sequence[Row]) -> None:
 def _print_whole(table: Table) -> None:
     """Print a table with each row on one line, which a narrow terminal breaks but no number is lost."""
     width = Measurement.get(stdout, stdout.options.update(max_width=1000), table).maximum
-    stdout.print(table, width=max(width, stdout.width), crop=False, no_wrap=True, overflow="ignore")
+    Console(highlight=False, width=max(width, stdout.width), file=stdout.file).print(table)

@@ -3,7 +3,7 @@
     python -m benchmarks.latency
 
 Runs `se-inject bench` for ResNet-50 (on CUDA for ResNet-152 too) at several batch sizes and layouts, eager and
-compiled, with steps of training. Every number is the median over rounds of a ratio to the plain network in the same
+compiled, and with --training also steps of training. Every number is the median over rounds of a ratio to the plain network in the same
 round; where both are optimized, to the plain one with its batch norms folded. Writes benchmarks/results/latency.json
 and latency.md; on CUDA latency-cuda.json and latency-cuda.md. Nothing else should run beside it.
 """
@@ -39,7 +39,7 @@ def list_conditions(options: argparse.Namespace) -> list[Conditions]:
                 batch_size=n,
                 input_size=224,
                 rounds=options.rounds,
-                training=n > 1,
+                training=options.training,
                 channels_last=True,
                 precision="bf16",
                 device="cuda",
@@ -52,7 +52,7 @@ def list_conditions(options: argparse.Namespace) -> list[Conditions]:
             input_size=224,
             rounds=options.rounds if n == 1 else max(_MIN_ROUNDS, options.rounds // 3),
             compiled=options.compiled,
-            training=n > 1,
+            training=options.training,
             channels_last=is_last,
             threads=2,
         )
@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=24, help="at batch 1; on a CPU a third of it otherwise")
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
+    parser.add_argument("--training", action="store_true", help="time steps of training too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     is_cuda = options.device == "cuda"

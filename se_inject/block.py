@@ -148,7 +148,8 @@ class SqueezeExcite(nn.Module):
     def _activate(self, excited: Tensor) -> Tensor:
         if self.gate == "tanh":
             return 1 + torch.tanh(excited)
-        return self.gain * (torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited))
+        gate = torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited)
+        return gate if self.gain == 1 else self.gain * gate
 
     def _split(self, gate: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
         """Split the gate (N, C) among the maps, each with its map's dimensions and type.

@@ -3,9 +3,10 @@
     python -m benchmarks.latency
 
 Runs `se-inject bench` for ResNet-50 (on CUDA for ResNet-152 too) at several batch sizes and layouts, eager and
-compiled, and with --training also steps of training. Every number is the median over rounds of a ratio to the plain network in the same
-round; where both are optimized, to the plain one with its batch norms folded. Writes benchmarks/results/latency.json
-and latency.md; on CUDA latency-cuda.json and latency-cuda.md. Nothing else should run beside it.
+compiled, and with --training also steps of training. Every number is the median over rounds of a ratio to the plain
+network in the same round; where both are optimized, to the plain one with its batch norms folded. Writes
+benchmarks/results/latency.json and latency.md; on CUDA latency-cuda.json and latency-cuda.md. Nothing else should run
+beside it.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=list(PAIRS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batches", nargs="+", type=int)
-    parser.add_argument("--rounds", type=int, default=24, help="at batch 1; on a CPU a third of it otherwise")
+    parser.add_argument("--rounds", type=int, default=21, help="at batch 1; on a CPU a third of it otherwise")
     parser.add_argument("--no-compile", dest="compiled", action="store_false")
     parser.add_argument("--training", action="store_true", help="time steps of training too")
     parser.add_argument("--out", type=Path)

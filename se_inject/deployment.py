@@ -6,6 +6,7 @@ written is read back, run, and compared with the network before it takes the tar
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.artifact import save
 from se_inject.calls import Call, Entry, decode_call
-from se_inject.errors import ExampleError, ExportError, ModelError, OptionError
-from se_inject.examples import describe_shapes, fake_example, propose_examples
+from se_inject.errors import ExportError, ModelError, OptionError
+from se_inject.examples import describe_shapes, fake_example, find_running, propose_examples
 from se_inject.files import SUFFIXES, check_target, write_whole
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.optimization import find_optimization, optimize
@@ -36,7 +37,7 @@ from se_inject.programs import (
 )
 from se_inject.rewrite import copy_model, find_plan
 from se_inject.sources import Source
-from se_inject.twin import get_device, get_dtype, get_first_line, make_twin
+from se_inject.twin import get_device, get_dtype, make_twin
 
 Format = Literal["torch.export", "onnx", "artifact"]
 
@@ -171,22 +172,9 @@ def _find_call(model: nn.Module, example: object, input_size: int | None) -> Cal
         calls = [fake_example(twin, example)]
     else:
         calls = propose_examples(twin) if values is None else [decode_call(values, twin)]
-    failures: list[tuple[Call, Exception]] = []
-    for call in calls:
-        drawn = _draw(call, model, input_size=input_size)
-        try:
-            _run(model, drawn)
-        except Exception as error:  # noqa: BLE001  whatever the user's forward raises means: not this input
-            failures.append((drawn, error))
-        else:
-            return drawn
-    if not failures:
-        raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; give example=")
-    first, reason = failures[0]
-    raise ExampleError(
-        f"{type(model).__name__} does not run on an input of {describe_shapes(first)}: {get_first_line(reason)}; "
-        f"give the size that it is used on (--input-size, example=)"
-    ) from reason
+    drawn = (_draw(call, model, input_size=input_size) for call in calls)
+    run = functools.partial(_run, model)
+    return find_running(model, drawn, run, hint="give the size that it is used on (--input-size, example=)")[0]
 
 
 def _draw(call: Call, model: nn.Module, *, batch: int | None = None, input_size: int | None = None) -> Call:

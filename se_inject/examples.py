@@ -6,14 +6,17 @@ Takes what the caller gave, or finds one from timm's configuration or by usual s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.calls import Call
 from se_inject.errors import ExampleError
-from se_inject.twin import Twin, get_dtype
+from se_inject.twin import Twin, get_dtype, get_first_line
+
+Result = TypeVar("Result")
 
 # By the number of spatial dimensions: lengths (audio, ECG), images, and clips or volumes.
 _USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
@@ -77,3 +80,33 @@ def describe_shapes(call: Call) -> str:
     """Name the shapes of a call's tensors."""
     leaves = tree_leaves((call.args, call.kwargs))
     return "shape " + ", ".join(str(tuple(x.shape)) for x in leaves if isinstance(x, Tensor))
+
+
+def find_running(
+    model: nn.Module, calls: Iterable[Call], run: Callable[[Call], Result], *, hint: str
+) -> tuple[Call, Result]:
+    """Find the first call that a network runs on.
+
+    Args:
+        model: The network, for the message.
+        calls: What to try.
+        run: Runs it; whatever it raises means that it is another call.
+        hint: What to do if there is none.
+
+    Returns:
+        The call, and what `run` gave.
+
+    Raises:
+        ExampleError: It runs on none; the message is the reason for the first.
+    """
+    failures: list[tuple[Call, Exception]] = []
+    for call in calls:
+        try:
+            return call, run(call)
+        except Exception as error:  # noqa: BLE001, PERF203  the user's forward raises what it likes
+            failures.append((call, error))
+    if not failures:
+        raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; give example=")
+    first, reason = failures[0]
+    name, shapes = type(model).__name__, describe_shapes(first)
+    raise ExampleError(f"{name} does not run on an input of {shapes}: {get_first_line(reason)}; {hint}") from reason

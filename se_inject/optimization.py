@@ -18,8 +18,8 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite, mark_block
 from se_inject.calls import Call, Entry, decode_call, encode_call
 from se_inject.codegen import Method, write_method
-from se_inject.errors import ExampleError, ModelError, PlanError, TraceError
-from se_inject.examples import describe_shapes, fake_example, propose_examples
+from se_inject.errors import ModelError, PlanError, TraceError
+from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
 from se_inject.folding import Course, fold_norms, follow_norms
 from se_inject.fused import FusedSqueezeExcite
@@ -30,7 +30,7 @@ from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
 from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import trace_entry
-from se_inject.twin import Twin, get_dtype, get_first_line, make_twin, quiet, set_training
+from se_inject.twin import Twin, get_dtype, make_twin, quiet, set_training
 
 
 @torch.inference_mode(False)
@@ -108,7 +108,8 @@ def find_optimization(model: nn.Module) -> object:
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
     plan = find_plan(model)
     target = copy_model(model).eval().requires_grad_(False)
-    call, course = _follow(target, twin, calls)
+    run = functools.partial(_follow, target, twin)
+    call, course = find_running(target, calls, run, hint="give an input of the shape that it is used on")
     surgeries = [] if plan is None else _prepare(target, plan, course)
     fold_norms(target, course.folds)
     for surgery in surgeries:
@@ -154,24 +155,8 @@ def _fuse(owner: nn.Module, fusion: Fusion) -> None:
         owner.set_submodule(fusion.convolution, nn.Identity().eval())
 
 
-def _follow(model: nn.Module, twin: Twin, calls: Iterable[Call]) -> tuple[Call, Course]:
+def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
     """Follow a run of the network over fake tensors, or over zeros where its course depends on the data."""
-    failures: list[tuple[Call, Exception]] = []
-    for call in calls:
-        try:
-            return call, _run(model, twin, call)
-        except Exception as error:  # noqa: BLE001, PERF203  whatever the user's forward raises means: not this input
-            failures.append((call, error))
-    if not failures:
-        raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; give example=")
-    first, reason = failures[0]
-    raise ExampleError(
-        f"{type(model).__name__} does not run on an input of {describe_shapes(first)}: {get_first_line(reason)}; "
-        f"give an input of the shape that it is used on"
-    ) from reason
-
-
-def _run(model: nn.Module, twin: Twin, call: Call) -> Course:
     try:
         with set_training(twin.model, False), quiet(), kept_random_state(), twin.mode:
             return follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))

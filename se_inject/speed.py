@@ -133,10 +133,6 @@ class Row:
     timings: Mapping[str, Timing]
     failures: Mapping[str, str]
 
-    def to_values(self) -> dict[str, Any]:
-        """Turn into plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -264,8 +260,8 @@ def _prepare(
 ) -> Iterator[tuple[str, nn.Module]]:
     example = torch.zeros(2, *shape[1:])
     for name, network in networks.items():
-        for label, model in ((name, network), (_name_optimized(name), optimize(network, example))):
-            placed = copy.deepcopy(model).to(conditions.device).eval()
+        for label, model in ((name, copy.deepcopy(network)), (_name_optimized(name), optimize(network, example))):
+            placed = model.to(conditions.device).eval()
             yield label, placed.to(memory_format=torch.channels_last) if conditions.channels_last else placed
 
 

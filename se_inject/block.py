@@ -121,20 +121,24 @@ class SqueezeExcite(nn.Module):
                 its own, as the addition of a residual block does.
         """
         if self.squeeze == "mean" and all(map(is_lean, maps)):
-            scaled = self._scale_leanly(maps, shortcut)
-        else:
-            gates = self._split(self.compute_gate(*maps), maps)
-            scaled = [multiply(x, gate, shortcut) for x, gate in zip(maps, gates, strict=True)]
-        return scaled[0] if len(scaled) == 1 else tuple(scaled)
+            return self._scale_leanly(maps, shortcut)
+        return self.scale(self.compute_gate(*maps), *maps, shortcut=shortcut)
 
-    def _scale_leanly(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> list[Tensor]:
+    def scale(self, gate: Tensor, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        """Scale maps by a gate (N, C), or (1, C) for all images alike; the rest is as in `forward`."""
+        gates = self._split(gate, maps)
+        return _unpack([multiply(x, part, shortcut) for x, part in zip(maps, gates, strict=True)])
+
+    def _scale_leanly(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> Tensor | tuple[Tensor, ...]:
         links = [Link(self._dims) for _ in maps]
         squeezed = [squeeze_map(x, link) for x, link in zip(maps, links, strict=True)]
         gates = self._split(self._excite([mean for mean, _ in squeezed]), maps)
-        return [
-            scale_map(again, x, gate, link, shortcut)
-            for (_, again), x, gate, link in zip(squeezed, maps, gates, links, strict=True)
-        ]
+        return _unpack(
+            [
+                scale_map(again, x, gate, link, shortcut)
+                for (_, again), x, gate, link in zip(squeezed, maps, gates, links, strict=True)
+            ]
+        )
 
     @property
     def _dims(self) -> tuple[int, ...]:
@@ -143,9 +147,10 @@ class SqueezeExcite(nn.Module):
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        return self._activate(self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1))
+        return self.activate(self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1))
 
-    def _activate(self, excited: Tensor) -> Tensor:
+    def activate(self, excited: Tensor) -> Tensor:
+        """Turn what the second layer gives, (N, C), into the gate."""
         if self.gate == "tanh":
             return 1 + torch.tanh(excited)
         gate = torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited)
@@ -170,6 +175,10 @@ class SqueezeExcite(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _unpack(scaled: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    return scaled[0] if len(scaled) == 1 else tuple(scaled)
 
 
 def mark_block(module: nn.Module) -> nn.Module:

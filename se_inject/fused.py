@@ -124,7 +124,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        return self._activate(self.fc2(F.relu(self.fc1(z))))
+        return self.activate(self.fc2(F.relu(self.fc1(z))))
 
     def extra_repr(self) -> str:
         """Show what is done beside, and how: `256, 16, relu, kernels`."""

@@ -43,11 +43,33 @@ _HOMOGENEOUS = frozenset(  # f(2 y) = 2 f(y)
     "transpose movedim flatten unflatten squeeze unsqueeze contiguous clone to type_as float half bfloat16 expand "
     "expand_as roll flip getitem".split()
 )
+_MIXING = frozenset(  # of these, those that need not keep each channel at its place
+    "neg pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute transpose movedim flatten "
+    "unflatten squeeze unsqueeze expand expand_as roll flip getitem".split()
+)
 _ADDITIONS = SUMS | {"sub", "sub_", "__sub__", "__isub__", "isub"}
 _PRODUCTS = PRODUCTS | {"imul"}
 _QUOTIENTS = frozenset({"div", "div_", "divide", "true_divide", "truediv", "itruediv", "__truediv__", "__itruediv__"})
 # They ask for sizes and types, or make a tensor of their own: a factor in the map is nothing to them.
 _READS = frozenset("size dim ndimension is_floating_point new_empty new_zeros new_ones new_full numel stride".split())
+
+
+@dataclass(frozen=True)
+class Search:
+    """Where a factor is looked for, and what kind of one.
+
+    Attributes:
+        twin: The fake twin that holds the traced modules.
+        is_channelwise: Whether each channel has a factor of its own, which nothing on the way may mix or move.
+    """
+
+    twin: Twin
+    is_channelwise: bool = False
+
+    @property
+    def passing(self) -> frozenset[str]:
+        """Names of the operations through which the factor passes."""
+        return _HOMOGENEOUS - _MIXING if self.is_channelwise else _HOMOGENEOUS
 
 
 class UnreachableError(Exception):
@@ -68,11 +90,11 @@ class Scale:
         return Scale(self.parameters | other.parameters, self.arguments | other.arguments)
 
 
-def find_scale(twin: Twin, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
+def find_scale(search: Search, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
     """Find what scales a node's value, given that one operation alone uses it.
 
     Args:
-        twin: The fake twin that holds the traced module.
+        search: The fake twin that holds the traced module, and whether channels are told apart.
         trace: The graph of a method.
         node: The node of the map.
         user: The operation that takes the scaled map; no other may use it.
@@ -81,7 +103,7 @@ def find_scale(twin: Twin, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
         UnreachableError: Nothing does; the message says why.
 
     Example:
-        >>> find_scale(twin, trace, node, block)  # doctest: +SKIP
+        >>> find_scale(search, trace, node, block)  # doctest: +SKIP
         Scale(parameters=frozenset({'layer1.0.bn3.weight', 'layer1.0.bn3.bias'}), arguments=frozenset())
     """
     others = [other for other in node.users if other is not user and not _only_reads(other)]
@@ -90,18 +112,18 @@ def find_scale(twin: Twin, trace: Trace, node: fx.Node, user: fx.Node) -> Scale:
     if node.op == "placeholder":
         return Scale(frozenset(), frozenset({str(node.target)}))
     if node.op == "get_attr":
-        return _scale_parameters(twin, trace, (node,))
+        return _scale_parameters(search, trace, (node,))
     if node.op == "call_module":
-        return _scale_child(twin, trace, node)
+        return _scale_child(search, trace, node)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return _scale_operation(twin, trace, node, str(name))
+    return _scale_operation(search, trace, node, str(name))
 
 
-def find_reader(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
+def find_reader(search: Search, trace: Trace, node: fx.Node) -> Scale:
     """Find the weight that makes up for a factor that a node's value no longer has: that of the layer that reads it.
 
     Args:
-        twin: The fake twin that holds the traced module.
+        search: The fake twin that holds the traced module, and whether channels are told apart.
         trace: The graph of a method.
         node: The node of the map.
 
@@ -115,39 +137,39 @@ def find_reader(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
     name = reader.target if isinstance(reader.target, str) else getattr(reader.target, "__name__", "")
     is_first = _list_arguments(reader)[0] is node and _list_arguments(reader).count(node) == 1
     if reader.op == "call_module":
-        return _find_reader_inside(twin, trace, node, reader)
+        return _find_reader_inside(search, trace, node, reader)
     if is_first and name in (*CONVOLUTIONS, "linear"):
-        return _scale_parameters(twin, trace, [_get_argument(reader, 1, "weight")])
-    if is_first and name in _HOMOGENEOUS:
-        return find_reader(twin, trace, reader)
+        return _scale_parameters(search, trace, [_get_argument(reader, 1, "weight")])
+    if is_first and name in search.passing:
+        return find_reader(search, trace, reader)
     raise UnreachableError(f"`{reader.name}` reads it, which is no convolution or linear layer")
 
 
-def _find_reader_inside(twin: Twin, trace: Trace, node: fx.Node, reader: fx.Node) -> Scale:
+def _find_reader_inside(search: Search, trace: Trace, node: fx.Node, reader: fx.Node) -> Scale:
     path = ".".join(filter(None, (trace.entry.path, str(reader.target))))
-    child = twin.model.get_submodule(path)
+    child = search.twin.model.get_submodule(path)
     if type(child).forward in _LINEAR_FORWARDS and "forward" not in vars(child):
-        return _check_uses(twin, trace, Scale(frozenset({f"{path}.weight"})))
-    if _is_homogeneous(child, reader):
-        return find_reader(twin, trace, reader)
-    inner = _trace_child(twin, trace, reader, Entry(path))
+        return _check_uses(search, trace, Scale(frozenset({f"{path}.weight"})))
+    if _is_homogeneous(search, child, reader):
+        return find_reader(search, trace, reader)
+    inner = _trace_child(search, trace, reader, Entry(path))
     bound = inner.signature.bind(*reader.args, **reader.kwargs).arguments
     names = {name for name, value in bound.items() if value is node}
     handed = [n for n in inner.graph.nodes if n.op == "placeholder" and n.target in names]
     if len(handed) != 1:
         raise UnreachableError(f"{path} takes the map in another way than as one argument")
-    return _check_uses(twin, trace, find_reader(twin, inner, handed[0]))
+    return _check_uses(search, trace, find_reader(search, inner, handed[0]))
 
 
-def _scale_operation(twin: Twin, trace: Trace, node: fx.Node, name: str) -> Scale:
+def _scale_operation(search: Search, trace: Trace, node: fx.Node, name: str) -> Scale:
     if name in _AFFINE_FUNCTIONS:
         arguments = [_get_argument(node, *place) for place in zip(_AFFINE_FUNCTIONS[name], ("weight", "bias"))]  # noqa: B905
         if name in NORMS and arguments[0] is None:
             raise UnreachableError(f"`{node.name}` is a norm without a scale")
-        return _scale_parameters(twin, trace, [x for x in arguments if x is not None])
+        return _scale_parameters(search, trace, [x for x in arguments if x is not None])
     operands = [n for n in node.all_input_nodes if isinstance(n.meta["value"], Tensor)]
-    if name in _ADDITIONS or name in CONCATENATIONS:
-        scales = [find_scale(twin, trace, operand, node) for operand in operands]
+    if name in _ADDITIONS or (name in CONCATENATIONS and not search.is_channelwise):
+        scales = [find_scale(search, trace, operand, node) for operand in operands]
         if name in _ADDITIONS and len(scales) < 2:
             raise UnreachableError(f"`{node.name}` adds a number")
         result = scales[0]
@@ -155,15 +177,15 @@ def _scale_operation(twin: Twin, trace: Trace, node: fx.Node, name: str) -> Scal
             result |= scale
         return result
     if name in _PRODUCTS:
-        return _scale_factor(twin, trace, node, operands)
-    if name in _HOMOGENEOUS or name in _QUOTIENTS:
+        return _scale_factor(search, trace, node, operands)
+    if name in search.passing or name in _QUOTIENTS:
         source = _list_arguments(node)[0]
         if isinstance(source, fx.Node) and isinstance(source.meta["value"], Tensor):
-            return find_scale(twin, trace, source, node)
+            return find_scale(search, trace, source, node)
     raise UnreachableError(f"`{node.name}` is no affine layer, and a factor does not pass through it")
 
 
-def _scale_factor(twin: Twin, trace: Trace, node: fx.Node, operands: list[fx.Node]) -> Scale:
+def _scale_factor(search: Search, trace: Trace, node: fx.Node, operands: list[fx.Node]) -> Scale:
     """Scale one factor of a product: a parameter (a layer scale), or else the map."""
     if sum(isinstance(x, fx.Node) for x in _list_arguments(node)) > len(operands):
         raise UnreachableError(f"`{node.name}` is a square")
@@ -172,7 +194,7 @@ def _scale_factor(twin: Twin, trace: Trace, node: fx.Node, operands: list[fx.Nod
         if _is_computed(operand) and operand.meta["value"].shape != node.meta["value"].shape:
             continue  # a mask, as drop path draws it
         try:
-            return find_scale(twin, trace, operand, node)
+            return find_scale(search, trace, operand, node)
         except UnreachableError as error:
             reason = error
     raise reason
@@ -183,82 +205,82 @@ def _is_computed(node: fx.Node) -> bool:
     return any(n.op != "get_attr" for n in get_ancestors(node) if not n.all_input_nodes)
 
 
-def _scale_child(twin: Twin, trace: Trace, node: fx.Node) -> Scale:
+def _scale_child(search: Search, trace: Trace, node: fx.Node) -> Scale:
     path = ".".join(filter(None, (trace.entry.path, str(node.target))))
     try:
-        child = twin.model.get_submodule(path)
+        child = search.twin.model.get_submodule(path)
     except AttributeError as error:
         raise UnreachableError(f"`{node.target}` is a method with a code of its own") from error
     if type(child).forward in _AFFINE_FORWARDS and "forward" not in vars(child):
-        return _scale_layer(twin, trace, child, path)
-    if _is_homogeneous(child, node):
-        return find_scale(twin, trace, node.all_input_nodes[0], node)
-    return _look_into(twin, trace, node, Entry(path))
+        return _scale_layer(search, trace, child, path)
+    if _is_homogeneous(search, child, node):
+        return find_scale(search, trace, node.all_input_nodes[0], node)
+    return _look_into(search, trace, node, Entry(path))
 
 
-def _is_homogeneous(child: nn.Module, node: fx.Node) -> bool:
+def _is_homogeneous(search: Search, child: nn.Module, node: fx.Node) -> bool:
     # Of torch's own layers the names of their operations tell all; others may hold an autograd function.
     is_known = all(type(layer).__module__.startswith("torch.nn.modules.") for layer in child.modules())
     arguments = [x for x in _list_arguments(node) if isinstance(x, fx.Node)]
-    return is_known and node.meta["work"].names <= _HOMOGENEOUS and len(arguments) == 1
+    return is_known and node.meta["work"].names <= search.passing and len(arguments) == 1
 
 
-def _scale_layer(twin: Twin, trace: Trace, layer: nn.Module, path: str) -> Scale:
+def _scale_layer(search: Search, trace: Trace, layer: nn.Module, path: str) -> Scale:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise UnreachableError(f"{path} ({type(layer).__name__}) has no weight that could be scaled")
     names = [name for name in ("weight", "bias") if layer._parameters.get(name) is not None]
     if getattr(layer, "bias", None) is not None and "bias" not in names:
         raise UnreachableError(f"{path} computes its bias from other parameters")
-    return _check_uses(twin, trace, Scale(frozenset(f"{path}.{name}" for name in names)))
+    return _check_uses(search, trace, Scale(frozenset(f"{path}.{name}" for name in names)))
 
 
-def _look_into(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
+def _look_into(search: Search, trace: Trace, node: fx.Node, entry: Entry) -> Scale:
     """Find what scales the result of a child with a forward of its own."""
-    inner = _trace_child(twin, trace, node, entry)
+    inner = _trace_child(search, trace, node, entry)
     output = next(iter(reversed(inner.graph.nodes)))
     result = output.args[0]
     if not isinstance(result, fx.Node):
         raise UnreachableError(f"{entry} gives more than one map")
-    scale = find_scale(twin, inner, result, output)
+    scale = find_scale(search, inner, result, output)
     bound = inner.signature.bind(*node.args, **node.kwargs).arguments
-    outer = _check_uses(twin, trace, Scale(scale.parameters))
+    outer = _check_uses(search, trace, Scale(scale.parameters))
     for name in sorted(scale.arguments):
         argument = bound.get(name)
         if not isinstance(argument, fx.Node):
             raise UnreachableError(f"{entry} takes its maps from a container")
-        outer |= find_scale(twin, trace, argument, node)
+        outer |= find_scale(search, trace, argument, node)
     return outer
 
 
-def _trace_child(twin: Twin, trace: Trace, node: fx.Node, entry: Entry) -> Trace:
-    child = twin.model.get_submodule(entry.path)
+def _trace_child(search: Search, trace: Trace, node: fx.Node, entry: Entry) -> Trace:
+    child = search.twin.model.get_submodule(entry.path)
     # A norm counts its batches in train mode, which a graph would not; its map is made the same way in both modes.
     training = trace.training and not isinstance(child, _NormBase)
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["value"])
     try:
-        return trace_entry(twin, entry, Call(tuple(args), dict(kwargs)), training=training)
+        return trace_entry(search.twin, entry, Call(tuple(args), dict(kwargs)), training=training)
     except TraceError as error:
         raise UnreachableError(f"the code of {entry} cannot be followed: {error}") from error
 
 
-def _scale_parameters(twin: Twin, trace: Trace, arguments: Any) -> Scale:
+def _scale_parameters(search: Search, trace: Trace, arguments: Any) -> Scale:
     """Scale the parameters that an operation is handed."""
     names = set()
     for argument in arguments:
         target = str(argument.target) if isinstance(argument, fx.Node) and argument.op == "get_attr" else ""
         path = ".".join(filter(None, (trace.entry.path, target)))
-        if not target or path not in dict(twin.model.named_parameters(remove_duplicate=False)):
+        if not target or path not in dict(search.twin.model.named_parameters(remove_duplicate=False)):
             raise UnreachableError(f"`{argument}` is no parameter that could be scaled")
         names.add(path)
-    return _check_uses(twin, trace, Scale(frozenset(names)))
+    return _check_uses(search, trace, Scale(frozenset(names)))
 
 
-def _check_uses(twin: Twin, trace: Trace, scale: Scale) -> Scale:
+def _check_uses(search: Search, trace: Trace, scale: Scale) -> Scale:
     """Refuse parameters that the traced code uses in more than one place."""
-    owner = twin.model.get_submodule(trace.entry.path)
+    owner = search.twin.model.get_submodule(trace.entry.path)
     for name in sorted(scale.parameters):
-        parameter = twin.model.get_parameter(name)
+        parameter = search.twin.model.get_parameter(name)
         uses = [n for n in trace.graph.nodes if any(p is parameter for p in _get_parameters(owner, n))]
         if len(uses) != 1 or (uses[0].op == "get_attr" and len(uses[0].users) != 1):
             raise UnreachableError(f"{name} is used more than once")

@@ -88,7 +88,7 @@ def evaluate(
     teacher: nn.Module | None = None,
     temperature: float = 1.0,
     compute: Callable[[], Any] | None = None,
-    on_batch: Callable[[int], None] = lambda _: None,
+    on_batch: Callable[[Tensor], None] = lambda _: None,
     memory: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Classify the images of a set, each once.
@@ -102,7 +102,7 @@ def evaluate(
         teacher: Gives the labels, where the images have none.
         temperature: Outputs are divided by it in the loss.
         compute: Makes the context in which the network runs, such as autocast.
-        on_batch: Is called with the number of images of each batch that is done.
+        on_batch: Is called with the labels (N,) of each batch that is done; they are negative where there are none.
         memory: Says which option sets the batch size; by default it is --batch-size.
 
     Raises:
@@ -129,7 +129,7 @@ def evaluate(
             if len(targets) and int(targets.max()) >= num_classes:
                 raise DataError(f"an image has the label {int(targets.max())}, the network has {num_classes} classes")
             _count(confusion, sums, outputs, targets, temperature)
-            on_batch(num)
+            on_batch(labels)
     if loader.bad is not None:
         loader.bad.share(world)
         loader.bad.check()

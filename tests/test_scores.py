@@ -116,7 +116,7 @@ def test_the_network_is_in_eval_mode_for_the_time():
 
 def test_batches_are_told_of():
     sizes = []
-    count(make_scores([0, 1, 1], 2), [0, 0, 1], 2, on_batch=sizes.append)
+    count(make_scores([0, 1, 1], 2), [0, 0, 1], 2, on_batch=lambda labels: sizes.append(len(labels)))
     assert sizes == [2, 1]
 
 

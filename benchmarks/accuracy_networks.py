@@ -83,6 +83,16 @@ class CifarResNet(nn.Module):
         return scores
 
 
+def resnet20() -> CifarResNet:
+    """Make a ResNet-20; a factory for the command line, as `benchmarks.accuracy_networks:resnet20`."""
+    return CifarResNet(_DEPTHS["resnet20"])
+
+
+def resnet56() -> CifarResNet:
+    """Make a ResNet-56."""
+    return CifarResNet(_DEPTHS["resnet56"])
+
+
 def _make_stage(in_channels: int, channels: int, num_blocks: int) -> nn.Sequential:
     first = BasicBlock(in_channels, channels, channels // in_channels)
     return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(num_blocks - 1)))

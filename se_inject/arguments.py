@@ -104,6 +104,8 @@ InputSize = Annotated[
     int | None,
     typer.Option("--input-size", metavar="N", help="Height and width of images; the network's own."),
 ]
+BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Images at once.")]
+Workers = Annotated[int, typer.Option("--workers", metavar="N", help="Processes that read images.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, ...; auto is CUDA if there is one.")]
 MaxBad = Annotated[
     int, typer.Option("--max-bad", metavar="N", help="How many images that cannot be read are skipped, by name.")
@@ -184,6 +186,26 @@ def name_data(
 ) -> dict[str, Any]:
     """Read where the images are, as `open_data` takes it."""
     return {"name": data, "download": download, "options": {"train_split": train_split, "val_split": val_split}}
+
+
+def read_validation(
+    *,
+    data: DataName,
+    val_split: ValSplit = "validation",
+    download: Download = False,
+    batch_size: BatchSize = 64,
+    workers: Workers = 2,
+    input_size: InputSize = None,
+    max_bad: MaxBad = 0,
+) -> dict[str, Any]:
+    """Read which images a network is scored on, as `open_validation` takes it."""
+    return {
+        "data": name_data(data=data, val_split=val_split, download=download),
+        "batch_size": batch_size,
+        "workers": workers,
+        "input_size": input_size,
+        "max_bad": max_bad,
+    }
 
 
 def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

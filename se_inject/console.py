@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.progress import Progress
 
     from se_inject.costs import Costs
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from se_inject.images import Prediction
     from se_inject.plan import Plan
     from se_inject.scores import Scores
+    from se_inject.simplify import Simplified
     from se_inject.speed import Row
 
 _WIDTH_OF_PIPES = 140
@@ -164,6 +168,46 @@ def make_progress() -> Progress:
     from se_inject.runlog import make_progress
 
     return make_progress(stderr)
+
+
+@contextmanager
+def show_passes(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show how many passes over the images are done; gives a function that is told."""
+    with make_progress() as progress:
+        bar = progress.add_task(title, total=None, note="")
+
+        def report(what: str, done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total, note=what)
+
+        yield report
+
+
+def print_simplified(simplified: Simplified, out: Path) -> None:
+    """Print what a simplification did, step by step, what stays, and what it came to."""
+    start = simplified.before.top1
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("block", "", "top-1", "change", "parameters", "images/s"):
+        table.add_column(name, justify="left" if name in ("block", "") else "right")
+    table.add_row("at the start", "", f"{start:.2f} %", "", f"{simplified.parameters:,}", "x1.00")
+    for step in simplified.steps:
+        what = "folded" if step.action == "fold" else f"{step.hidden} hidden units"
+        change = f"{step.top1 - start:+.2f}"
+        table.add_row(
+            escape(step.path), what, f"{step.top1:.2f} %", change, f"{step.parameters:,}", f"x{step.speed:.2f}"
+        )
+    _print_whole(table)
+    if simplified.kept:
+        kept = Table(box=box.SIMPLE_HEAD, title="blocks that stay", title_justify="left")
+        for name in ("block", "reason"):
+            kept.add_column(name)
+        for path, reason in simplified.kept.items():
+            kept.add_row(escape(path), escape(reason))
+        _print_whole(kept)
+    after, num = simplified.after.top1, simplified.num_folded + len(simplified.kept)
+    stdout.out(
+        f"{out}: {simplified.num_folded} of {num} blocks folded, top-1 {start:.2f} -> {after:.2f} % on "
+        f"{simplified.before.num_images:,} images that chose them"
+    )
 
 
 def print_tuned(tuned: Tuned) -> None:

@@ -8,32 +8,36 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from se_inject.block import is_block
 from se_inject.errors import ModelError
+from se_inject.gate_folding import fold_weights
 from se_inject.generated import get_base
 from se_inject.marks import OPTIMIZED, REMOVED, Removed, erase_marks, find_mark
 from se_inject.rewrite import copy_model
 
 
-def eject(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def eject(model: nn.Module, *, gates: Mapping[str, Tensor] | None = None, inplace: bool = False) -> nn.Module:
     """Take all blocks out of an injected network, and everything else that injecting changed.
 
     The result has the classes, attributes and state-dict keys (in their order) of the original. Its weights are those
-    that the model has now: the original's, until it was trained. A gate that was trained is not folded into them; it is
-    gone. The graph of an `fx.GraphModule` is its present one without the blocks.
+    that the model has now: the original's, until it was trained. A gate that was trained is gone, unless it is given in
+    `gates`: then the weights of the layer beside its block carry it, the same for every image. The graph of an
+    `fx.GraphModule` is its present one without the blocks.
 
     Args:
         model: From `inject` or `load`, or a copy of it.
+        gates: (C,) by the paths of blocks, such as the means that `collect_gates` gives.
         inplace: Change the given model, instead of a copy.
 
     Raises:
-        ModelError: The model has not been injected, or an owner of a block was changed since in a way that hides what
-            it was.
+        ModelError: The model has not been injected, an owner of a block was changed since in a way that hides what it
+            was, or a gate cannot be folded.
 
     Example:
         >>> import torchvision
@@ -51,6 +55,8 @@ def eject(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         for path, owner in target.named_modules()
         if (removed := _find_removed(owner)) is not None
     ]
+    if gates:
+        fold_weights(target, gates)
     for module in target.modules():
         erase_marks(module)
     for restoration in restorations:

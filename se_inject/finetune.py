@@ -7,7 +7,7 @@ arm or both, and writes what they end with. The stages below do the work.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,16 @@ from se_inject.artifact import save
 from se_inject.block import SqueezeExcite
 from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import Difference, Result, compare
-from se_inject.datasets import Data, open_data
-from se_inject.errors import DataError, OptionError
+from se_inject.datasets import open_data
+from se_inject.errors import OptionError
 from se_inject.experiment import Experiment, Request, run_experiment
 from se_inject.files import check_target
-from se_inject.heads import count_outputs
-from se_inject.loaders import EvalLoader
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
-from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
-from se_inject.scores import Scores, evaluate
+from se_inject.runlog import CURVES, METRICS, draw_curves, read_metrics
 from se_inject.sources import Source
-from se_inject.start import prepare_start, read_model_format
+from se_inject.start import prepare_start
 from se_inject.world import World
 
 
@@ -135,63 +132,9 @@ def is_fresh(model: nn.Module) -> bool:
     return all(not block.fc2.weight.any() and (block.fc2.bias is None or not block.fc2.bias.any()) for block in own)
 
 
-def score_network(
-    open_model: Callable[[], tuple[nn.Module, Source | None]],
-    data: Mapping[str, Any],
-    world: World,
-    *,
-    batch_size: int,
-    workers: int,
-    input_size: int | None,
-    max_bad: int,
-    progress: Progress | None,
-) -> tuple[Scores, list[str]]:
-    """Evaluate a network, injected or not, on the validation images of a data set.
-
-    Returns:
-        The scores, and the paths of images that could not be read.
-
-    Raises:
-        DataError: The data is not what the network was made for.
-        OptionError: The batch does not fit into memory.
-    """
-    if batch_size < 1:
-        raise OptionError(f"--batch-size is {batch_size}; it must be at least 1")
-    opened = open_data(**data, is_evaluation=True)
-    model, source = open_model()
-    form = read_model_format(model, source, input_size)
-    if form.mode != "RGB":
-        opened = open_data(**data, is_evaluation=True, mode=form.mode)
-    model = model.to(world.device)
-    num_classes = count_outputs(model, form.size)
-    check_classes(opened, num_classes)
-    loader = EvalLoader(
-        opened.val, form, batch_size=batch_size, workers=workers, world=world, max_bad=max_bad, num_classes=num_classes
-    )
-    with RunLog(None, "evaluation", progress) as log, progress or contextlib.nullcontext():
-        log.begin_validation(loader.num_batches)
-        scores = evaluate(
-            model, loader, world, num_classes=num_classes, classes=opened.classes,
-            on_batch=lambda _: log.advance_validation(),
-        )  # fmt: skip
-    return scores, loader.bad.list_names() if loader.bad is not None else []
-
-
 def _check_folder(folder: Path, *, resume: bool) -> None:
     """Refuse to write over another run."""
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is a file; --run FOLDER says where the run's files go")
     if not resume and folder.is_dir() and next(folder.rglob(CHECKPOINT), None) is not None:
         raise OptionError(f"{folder} holds a run already; --resume goes on with it, --run FOLDER begins in another one")
-
-
-def check_classes(data: Data, num_outputs: int) -> None:
-    """Refuse data whose labels cannot be those of a network.
-
-    Raises:
-        DataError: It has another number of classes.
-    """
-    if data.num_classes != num_outputs:
-        raise DataError(
-            f"{data.origin} has {data.num_classes} classes and the network {num_outputs}: labels would mean others"
-        )

@@ -1,13 +1,12 @@
-"""Folding of gates: put a gate that is the same for every image into a layer's weights, and take its block out.
+"""Folding of gates: put a gate that is the same for every image into the weights of a layer.
 
-Takes an injected network and gates, gives the network without those blocks. A gate scales the channels of the maps that
-a layer makes (or that one reads), and so can that layer's weights. Either all blocks go, or the model is as it was.
+Takes an injected network and gates, and multiplies weights: a gate scales the channels of the maps that a layer makes
+(or that one reads), and so can that layer. The blocks are taken out afterwards, by `ejection` or `restriction`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +15,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from se_inject.absorption import Fold, Folds, find_folds
 from se_inject.block import SqueezeExcite
-from se_inject.ejection import eject
 from se_inject.errors import ModelError
 from se_inject.gates import get_own_blocks
-from se_inject.marks import SOURCE, find_mark, mark_module
-from se_inject.plan import PassedOver, Plan, Site
-from se_inject.rewrite import blocks, copy_model, get_plan, inject
+from se_inject.rewrite import blocks
 from se_inject.scaling import UnreachableError
 
 _LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
 """Layers whose features are the last dimension."""
 _NORMS = (_NormBase, nn.GroupNorm)
-FOLDED = "its gate is folded into the layer beside it"
 
 
 def find_gate_folds(model: nn.Module, paths: Collection[str] | None = None) -> Folds:
@@ -61,65 +56,29 @@ def find_gate_folds(model: nn.Module, paths: Collection[str] | None = None) -> F
     return Folds(tuple(folds), kept)
 
 
-def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> nn.Module:
-    """Take blocks out of a network and let the weights of the layers beside them carry their gates.
-
-    In real numbers the result computes what the network does with these gates fixed; in floating point, what rounding
-    leaves. The blocks that stay keep their paths and weights.
+def fold_weights(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
+    """Multiply weights by the gates of blocks, which are then to be taken out.
 
     Args:
-        model: From `inject` or `load`; it is left as it is.
-        gates: (C,) by the paths of the blocks that go.
+        model: An injected network, which is changed: its weights alone.
+        gates: (C,) by the paths of the blocks.
 
     Raises:
-        ModelError: The model has not been injected, or a gate cannot be folded; `find_gate_folds` says which can.
-
-    Example:
-        >>> import torch, torchvision
-        >>> from se_inject import blocks, inject
-        >>> model = inject(torchvision.models.resnet18())
-        >>> len(blocks(fold_gates(model, {"layer1.0.se": torch.full((64,), 0.5)})))
-        7
+        ModelError: There is no such block, or its gate cannot be folded; nothing is changed then.
     """
-    own, plan = get_own_blocks(model), get_plan(model)
+    own = get_own_blocks(model)
     if unknown := set(gates) - set(own):
         raise ModelError(f"{min(unknown)} is no block of {type(model).__name__}; its blocks are {', '.join(own)}")
+    for path, gate in gates.items():
+        if gate.shape != (own[path].channels,):
+            raise ModelError(f"the gate of {path} has the shape {tuple(gate.shape)}; expected ({own[path].channels},)")
     found = find_gate_folds(model, gates)
     if found.kept:
         path, reason = next(iter(found.kept.items()))
         raise ModelError(f"the gate of {path} cannot be folded: {reason}; leave it out")
-    target = copy_model(model)
     with torch.no_grad():
         for fold in found.folds:
-            _fold(target, fold, own[fold.block], gates[fold.block])
-    rest = tuple(site for site in plan.sites if site.path not in gates)
-    gone = tuple(_pass_over(site) for site in plan.sites if site.path in gates)
-    return restrict_blocks(target, replace(plan, sites=rest, passed_over=(*plan.passed_over, *gone)))
-
-
-def restrict_blocks(model: nn.Module, plan: Plan, smaller: Mapping[str, SqueezeExcite] | None = None) -> nn.Module:
-    """Cut a network again by another plan for some of its sites; the blocks that stay keep their weights.
-
-    Args:
-        model: An injected network, which is changed.
-        plan: The other plan.
-        smaller: What takes the place of blocks of which the plan says another size.
-    """
-    before = blocks(model)
-    modes = {path: module.training for path, module in model.named_modules()}
-    source = find_mark(model, SOURCE)
-    model = inject(eject(model, inplace=True), plan=plan, inplace=True)
-    if source is not None:
-        mark_module(model, SOURCE, source)
-    for path, block in blocks(model).items():
-        own = (smaller or {}).get(path, before[path])
-        block.load_state_dict(own.state_dict())
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(own.get_parameter(name).requires_grad)
-        block.train(modes[path])
-        if isinstance(block, SqueezeExcite) and isinstance(own, SqueezeExcite):
-            block.gain = own.gain
-    return model
+            _fold(model, fold, own[fold.block], gates[fold.block])
 
 
 def _fold(model: nn.Module, fold: Fold, block: SqueezeExcite, gate: Tensor) -> None:
@@ -163,7 +122,3 @@ def _shape_factor(model: nn.Module, name: str, gate: Tensor, block: SqueezeExcit
 def _check_block(block: nn.Module) -> None:
     if not isinstance(block, SqueezeExcite):
         raise UnreachableError(f"it is a {type(block).__name__} and not a squeeze-and-excitation block of ours")
-
-
-def _pass_over(site: Site) -> PassedOver:
-    return PassedOver(site.owner, site.method, site.kind, site.merge, FOLDED, site.num_merges)

@@ -72,15 +72,11 @@ class Watch:
 
 
 @contextmanager
-def watch_gates(model: nn.Module) -> Iterator[Watch]:
-    """Watch the gates of a network while it is run.
-
-    Raises:
-        ModelError: The network has no squeeze-and-excitation block of ours.
-    """
+def watch_gates(blocks: Mapping[str, SqueezeExcite]) -> Iterator[Watch]:
+    """Watch the gates of blocks, by their paths, while the network that holds them is run."""
     watch = Watch()
     with ExitStack() as stack:
-        for path, block in get_own_blocks(model).items():
+        for path, block in blocks.items():
 
             def note(_: nn.Module, args: Any, excited: Tensor, path: str = path, block: SqueezeExcite = block) -> None:
                 watch.note(path, block, args, excited)
@@ -223,12 +219,12 @@ class GateTally:
     """Adds up gates over batches.
 
     Args:
-        model: Whose blocks they are.
+        blocks: Whose gates they are, by path.
         num_classes: K.
     """
 
-    def __init__(self, model: nn.Module, num_classes: int) -> None:
-        self._limits = {path: _get_limit(block) for path, block in get_own_blocks(model).items()}
+    def __init__(self, blocks: Mapping[str, SqueezeExcite], num_classes: int) -> None:
+        self._limits = {path: _get_limit(block) for path, block in blocks.items()}
         self._num_classes = num_classes
         self._sizes: dict[str, int] = {}
         self._shift = self._scale = self._sums = self._squares = torch.empty(0)
@@ -336,14 +332,15 @@ def collect_gates(
     kept: dict[str, list[Tensor]] = {}
     all_labels = []
     device = next(model.parameters()).device
-    with watch_gates(model) as watch, set_training(model, False), torch.no_grad():
+    own = get_own_blocks(model)
+    with watch_gates(own) as watch, set_training(model, False), torch.no_grad():
         for batch in loader:
             images, labels = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
             images = images[0] if isinstance(images, (tuple, list)) else images
             outputs = model(images.to(device))
             if tally is None:
                 num_classes = _count_classes(outputs) if classes is None else len(classes)
-                tally = GateTally(model, num_classes)
+                tally = GateTally(own, num_classes)
             labels = torch.full((len(images),), -1) if labels is None else torch.as_tensor(labels)
             if len(labels) and int(labels.max()) >= num_classes:
                 raise DataError(f"an image has the label {int(labels.max())}, there are {num_classes} classes")

@@ -131,8 +131,9 @@ class EvalLoader:
 
     def __init__(
         self, images: Dataset[Any], form: InputFormat, *, batch_size: int, workers: int, world: World, max_bad: int = 0,
-        num_classes: int = 0,
+        num_classes: int = 0, cache: int = 0,
     ) -> None:  # fmt: skip
+        """Make it; the batches are kept from the first time on if they take at most `cache` bytes."""
         transform = make_eval_transform(form)
         self.num_images = count_images(images)
         self.batch_size = batch_size
@@ -150,9 +151,21 @@ class EvalLoader:
         self.num_batches = math.ceil(self.num_images / num_sharing / batch_size)
         self._is_idle = self.bad is None and not world.is_main  # a stream is read by one process, so that none is twice
         self._batches = _prefetch(loader, form, world)
+        self._fits = 4 * math.prod(form.size) * math.ceil(self.num_images / num_sharing) <= cache
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(()) if self._is_idle else _say_plainly(self._batches)
+        if self._kept is not None:
+            return iter(self._kept)
+        batches = iter(()) if self._is_idle else _say_plainly(self._batches)
+        return self._keep(batches) if self._fits else batches
+
+    def _keep(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        kept = []
+        for batch in batches:
+            kept.append(batch)
+            yield batch
+        self._kept = kept
 
 
 def _load(images: Images, batches: Iterable[list[Key]], workers: int, world: World) -> DataLoader[Any]:

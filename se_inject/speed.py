@@ -11,7 +11,7 @@ import operator
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from se_inject.errors import ExampleError, OptionError
 from se_inject.optimization import optimize
 from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.traffic import ByteCounter, add_up, measure_traffic
-from se_inject.twin import get_first_line, make_twin
+from se_inject.twin import get_first_line, make_twin, set_training
 
 Mode = Literal["eager", "compiled", "graph", "training"]
 """Of running a network: as it is, through torch.compile, replayed as a CUDA graph; or a step forward and back."""
@@ -250,6 +250,25 @@ def compare_speed(
     return [Row(name, **counted[name], timings=timings[name], failures=failures[name]) for name in models]
 
 
+def compare_times(networks: Mapping[str, nn.Module], images: Tensor, *, rounds: int) -> dict[str, float]:
+    """Time an evaluation of some networks in turns.
+
+    Args:
+        networks: By name, on the images' device.
+        images: (N, C, H, W).
+        rounds: How often each is timed.
+
+    Returns:
+        The median seconds of each.
+    """
+    conditions = Conditions(len(images), rounds=rounds, compiled=False, device=str(images.device))
+    with ExitStack() as stack:
+        for model in networks.values():
+            stack.enter_context(set_training(model, False))
+        runs = {name: _make_run(model, images, "eager", conditions) for name, model in networks.items()}
+        return {name: statistics.median(seconds) for name, seconds in _take_times(runs, conditions).items()}
+
+
 def get_base(name: str) -> str:
     """Return the name of the row that a row is compared to."""
     return PLAIN_OPTIMIZED if name.endswith("optimized") else PLAIN
@@ -341,11 +360,17 @@ def _make_step(model: nn.Module, images: Tensor, conditions: Conditions) -> Call
 
 
 def _time(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> dict[str, Timing]:
+    seconds = _take_times(runs, conditions)
+    return {name: _summarise(name, seconds, conditions.batch_size) for name in runs}
+
+
+def _take_times(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> dict[str, list[float]]:
+    """Take the seconds of each run, in rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(conditions.rounds):
         for name in _rotate(list(runs), i):
             seconds[name].append(_run_once(runs[name], conditions.device))
-    return {name: _summarise(name, seconds, conditions.batch_size) for name in runs}
+    return seconds
 
 
 def _rotate(names: list[str], by: int) -> Iterable[str]:

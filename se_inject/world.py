@@ -79,6 +79,18 @@ def join_world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def stay_alone(device: str = "auto") -> World:
+    """Make the world of a single process.
+
+    Args:
+        device: See `join_world`.
+
+    Raises:
+        OptionError: There is no such device.
+    """
+    return World(torch.device(choose_device(device)))
+
+
 def choose_device(device: str) -> str:
     """Choose a device that can be used.
 

@@ -1,0 +1,138 @@
+"""Commands for deployment: `export`, `bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from se_inject import console
+from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, read_options, takes
+from se_inject.errors import OptionError
+
+
+@takes(open_model=open_model)
+def run_export(
+    open_model: Callable[..., Opened],
+    *,
+    optimized: Annotated[
+        bool,
+        typer.Option("--optimize", help="Make it fast first: norms folded, blocks run with the layers around them."),
+    ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option("--to", metavar="timm:NAME", help="The weights of timm's own SE network, as in timm:seresnet50."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="A program: .pt2 (torch.export) or .onnx; with --optimize or --to also .pt, .pth or .safetensors. "
+            "model.pt2; fast.pt2 with --optimize; NAME.pt with --to.",
+        ),
+    ] = None,
+    input_size: InputSize = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a network as a program that runs without its code, or as timm's own SE network, after comparing the two."""
+    if to is not None:
+        if optimized or input_size is not None:
+            found = "--optimize" if optimized else "--input-size"
+            raise OptionError(f"--to writes timm's network, and {found} has no part in it; leave out one of the two")
+        _export_to_timm(open_model, to, out, as_json=as_json)
+        return
+    from se_inject.deployment import check_deployment, deploy
+    from se_inject.files import SUFFIXES
+
+    target = out or Path("fast.pt2" if optimized else "model.pt2")
+    check_deployment(target)
+    if target.suffix in SUFFIXES and not optimized:
+        raise OptionError(
+            f"{target} would hold the same network again; give --optimize, --to timm:NAME, or a program (.pt2, .onnx)"
+        )
+    network, source = open_model()
+    deployment = deploy(network, target, optimized=optimized, input_size=input_size, source=source)
+    for note in deployment.notes:
+        console.talk(note)
+    if as_json:
+        console.print_json({"out": str(target), **deployment.to_values()})
+    else:
+        console.stdout.out(f"{target}: {deployment}")
+
+
+@takes(open_model=open_model, read_options=read_options)
+def run_bench(
+    open_model: Callable[[], Opened],
+    *,
+    batch_size: Annotated[int, typer.Option("--batch", metavar="N", help="Images at once.")] = 1,
+    input_size: InputSize = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare", metavar="NAME", help="A network to measure beside it, as timm:seresnet50. Repeatable."
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each is timed, in turn.")] = 20,
+    compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Through torch.compile too.")] = True,
+    training: Annotated[bool, typer.Option("--training", help="Time steps of training too.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Maps with the channels last.")] = False,
+    precision: Annotated[str, typer.Option("--precision", metavar="fp32|bf16", help="bf16 is autocast.")] = "fp32",
+    threads: Annotated[int | None, typer.Option("--threads", metavar="N", help="Of the CPU; torch's choice.")] = None,
+    device: Device = "auto",
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw a chart (.png, .svg, .pdf).")
+    ] = None,
+    read_options: Callable[[], dict[str, Any]],
+    as_json: AsJson = False,
+) -> None:
+    """Measure what SE costs: bytes, memory and time of the plain, the injected, the optimized network and of peers."""
+    from se_inject.sources import open_network
+    from se_inject.speed import Conditions, measure_network
+    from se_inject.world import choose_device
+
+    if plot is not None:
+        from se_inject.files import check_target
+        from se_inject.speed_chart import SUFFIXES, draw_speed
+
+        check_target(plot, SUFFIXES)
+    conditions = Conditions(
+        batch_size, input_size, rounds, compiled, training, channels_last, precision, threads, choose_device(device)
+    )
+    network, source = open_model()
+    peers = {name: open_network(name, pretrained=False).model for name in compare or ()}
+    options = read_options()
+    measured = measure_network(network, conditions, peers=peers, options=options, report=console.talk)
+    if plot is not None:
+        draw_speed(measured.rows, f"{source or type(network).__name__}, {measured.describe()}", plot)
+        console.talk(f"wrote {plot}")
+    if as_json:
+        console.print_json(measured.to_values())
+    else:
+        console.print_speed(measured.rows)
+        console.talk(measured.describe())
+
+
+def _export_to_timm(open_model: Callable[..., Opened], to: str, out: Path | None, *, as_json: bool) -> None:
+    from se_inject.export import export_to_timm
+    from se_inject.files import check_target, write_tensors
+
+    library, _, name = to.partition(":")
+    if library != "timm" or not name:
+        raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50")
+    target = out or Path(f"{name}.pt")
+    check_target(target)
+    network, _ = open_model(pretrained=False)
+    export = export_to_timm(network, name)
+    write_tensors(target, export.model.state_dict(), {})
+    if as_json:
+        values = {"out": str(target), "to": to, "options": export.options, "difference": export.difference}
+        console.print_json(values)
+    else:
+        options = "".join(f", {key}={value}" for key, value in export.options.items())
+        console.stdout.out(
+            f"{target}: timm.create_model({export.name!r}{options}, checkpoint_path={str(target)!r}); "
+            f"outputs differ by {export.difference:.1g} of the largest"
+        )

@@ -1,0 +1,109 @@
+"""Commands that look at gates and act on them: `simplify`, `eject`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from se_inject import console
+from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, read_validation, takes
+from se_inject.errors import OptionError
+
+
+@takes(open_model=open_model, read_validation=read_validation)
+def run_simplify(
+    open_model: Callable[[], Opened],
+    read_validation: Callable[[], dict[str, Any]],
+    *,
+    max_drop: Annotated[
+        float, typer.Option("--max-drop", metavar="POINTS", help="How much top-1 may fall, in points of per cent.")
+    ] = 0.1,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")
+    ] = Path("smaller.pt"),
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the trade-off (.png, .svg, .pdf).")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Fold blocks whose gates hardly depend on the image into the layers beside them, and shrink the others."""
+    from se_inject.artifact import save
+    from se_inject.files import check_target
+    from se_inject.simplify import simplify
+    from se_inject.simplify_chart import SUFFIXES, draw_steps
+    from se_inject.validation import CACHE, open_validation
+    from se_inject.world import stay_alone
+
+    check_target(out)
+    if plot is not None:
+        check_target(plot, SUFFIXES)
+    world = stay_alone(device)
+    model, source, validation = open_validation(open_model, world=world, cache=CACHE, **read_validation())
+    with console.show_passes("simplify") as report:
+        simplified = simplify(model, validation, max_drop=max_drop, report=report)
+    save(simplified.model, out, source=source)
+    if plot is not None:
+        draw_steps(simplified, plot)
+        console.talk(f"wrote {plot}")
+    if as_json:
+        console.print_json({"out": str(out), **simplified.to_values()})
+    else:
+        console.print_simplified(simplified, out)
+
+
+@takes(open_model=open_model)
+def run_eject(
+    open_model: Callable[..., Opened],
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="The state dict (.pt, .pth or .safetensors).")
+    ] = Path("plain.pt"),
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Let the weights carry the mean gates over the images of --data.")
+    ] = False,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="DIR", help="With --fold: images, as for se-inject evaluate.")
+    ] = None,
+    input_size: InputSize = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Write the network without its blocks, as the original's state dict: its present weights, or with folded gates."""
+    from se_inject.ejection import eject
+    from se_inject.files import check_target, write_tensors
+    from se_inject.gate_folding import find_gate_folds
+    from se_inject.observation import observe
+    from se_inject.validation import open_validation
+    from se_inject.world import stay_alone
+
+    if fold != (data is not None):
+        found = "--fold without --data" if fold else "--data without --fold"
+        raise OptionError(f"{found}; the mean gates of --fold are those of the images of --data")
+    check_target(out)
+    if data is None:
+        network, _ = open_model()
+        plain, folded, kept = eject(network), 0, {}
+    else:
+        network, _, validation = open_validation(
+            open_model, {"name": data}, stay_alone(device), batch_size=64, workers=2, input_size=input_size, max_bad=0
+        )
+        folds = find_gate_folds(network)
+        gates = observe(network, validation).gates
+        plain = eject(network, gates={fold.block: gates[fold.block].mean for fold in folds.folds})
+        folded, kept = len(folds.folds), dict(folds.kept)
+    for path, reason in kept.items():
+        console.talk(f"{path}: its gate is gone and not folded; {reason}")
+    write_tensors(out, plain.state_dict(), {})
+    if as_json:
+        console.print_json({"out": str(out), "folded": folded, "gone": kept})
+    else:
+        how = (
+            f"with the mean gates of {folded} blocks in its weights"
+            if data
+            else "with its present weights, without gates"
+        )
+        console.stdout.out(f"{out}: the state dict of {type(plain).__name__}, {how}; give it as --weights {out}")

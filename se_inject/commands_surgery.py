@@ -1,0 +1,85 @@
+"""Commands that look at a network and cut it: `inject`, `plan`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from se_inject import console
+from se_inject.arguments import AsJson, Opened, open_model, read_options, takes
+
+if TYPE_CHECKING:
+    from se_inject.sources import Source
+
+
+@takes(open_model=open_model, read_options=read_options)
+def run_inject(
+    open_model: Callable[[], Opened],
+    *,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")
+    ] = Path("model.pt"),
+    read_options: Callable[[], dict[str, Any]],
+    as_json: AsJson = False,
+) -> None:
+    """Inject blocks into a network, as an exact identity, and write the result to a file."""
+    from se_inject.artifact import save
+    from se_inject.costs import compare_costs
+    from se_inject.files import check_target
+    from se_inject.rewrite import get_plan, inject
+
+    options = read_options()
+    check_target(out)  # before a download and not after it
+    network, source = open_model()
+    injected = inject(network, inplace=True, **options)
+    save(injected, out, source=source)
+    plan = get_plan(injected)
+    before, after = compare_costs(injected, plan)
+    if as_json:
+        console.print_json({"out": str(out), **_describe_source(source), **console.describe_plan(plan, before, after)})
+        return
+    growth = f"{before.parameters:,} -> {after.parameters:,} parameters"
+    if plan.note:
+        console.talk(plan.note)
+    console.stdout.out(
+        f"{out}: {plan.model} with {len(plan.sites)} blocks, {growth}; the same outputs until it is trained"
+    )
+
+
+@takes(open_model=functools.partial(open_model, pretrained=False), read_options=read_options)
+def run_plan(
+    open_model: Callable[[], Opened],
+    *,
+    read_options: Callable[[], dict[str, Any]],
+    graph: Annotated[Path | None, typer.Option("--graph", metavar="FILE", help="Draw the plan as an SVG.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show where the blocks would go, which merges are passed over and why, and the totals; nothing is changed."""
+    from se_inject.costs import compare_costs
+    from se_inject.files import check_target
+    from se_inject.picture import SVG, draw_network
+    from se_inject.rewrite import find_plan, get_plan, inject
+
+    options = read_options()
+    if graph is not None:
+        check_target(graph, (SVG,))
+    network, source = open_model()
+    if graph is not None:
+        draw_network(network, graph, **options)
+        console.talk(f"wrote {graph}")
+    if find_plan(network) is None:  # an artifact shows the plan that it was made with
+        network = inject(network, inplace=True, **options)
+    plan = get_plan(network)
+    before, after = compare_costs(network, plan)
+    if as_json:
+        console.print_json({**_describe_source(source), **console.describe_plan(plan, before, after)})
+    else:
+        console.print_plan(plan, before, after)
+
+
+def _describe_source(source: Source | None) -> dict[str, Any]:
+    return {"source": None if source is None else str(source), "weights": None if source is None else source.weights}

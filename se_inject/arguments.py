@@ -88,6 +88,10 @@ Include = Annotated[
     list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only these paths, as in 'layer3.*'.")
 ]
 Exclude = Annotated[list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Not these paths.")]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan to cut by, in place of the options: search writes one."),
+]
 DataName = Annotated[
     str,
     typer.Option(
@@ -128,9 +132,10 @@ def read_options(
     skip_last_stage: SkipLastStage = False,
     include: Include = None,
     exclude: Exclude = None,
+    plan: PlanFile = None,
 ) -> dict[str, Any]:
-    """Read the options of a plan, as `inject` and `make_plan` take them."""
-    return {
+    """Read the options of a plan, as `inject` takes them."""
+    options = {
         "r": _read_ratios(r),
         "divisor": divisor,
         "bias": bias,
@@ -145,6 +150,12 @@ def read_options(
         "include": include or (),
         "exclude": exclude or (),
     }
+    if plan is None:
+        return options
+    if given := [name for name, value in options.items() if value != read_options()[name]]:
+        name = given[0].replace("_", "-")
+        raise OptionError(f"--plan holds all options already; leave out --{name}, or --plan")
+    return {"plan": _read_plan(plan)}
 
 
 def open_model(
@@ -231,6 +242,16 @@ def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Call
         return run
 
     return wrap
+
+
+def _read_plan(path: Path) -> Any:
+    from se_inject.errors import PlanError
+    from se_inject.plan import Plan
+
+    try:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} cannot be read as a plan: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_ratios(values: list[str] | None) -> Mapping[str, float]:

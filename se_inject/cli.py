@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from se_inject import __version__, console
 from se_inject.commands_deployment import run_bench, run_export
-from se_inject.commands_gates import run_eject, run_simplify
+from se_inject.commands_gates import run_eject, run_search, run_simplify
 from se_inject.commands_surgery import run_inject, run_plan
 from se_inject.commands_training import run_evaluate, run_finetune, run_predict
 from se_inject.errors import SEInjectError
@@ -63,6 +63,7 @@ def run_demo(
 for _name, _command in {
     "inject": run_inject,
     "plan": run_plan,
+    "search": run_search,
     "finetune": run_finetune,
     "evaluate": run_evaluate,
     "predict": run_predict,

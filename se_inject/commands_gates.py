@@ -1,4 +1,4 @@
-"""Commands that look at gates and act on them: `simplify`, `eject`."""
+"""Commands that act on what gates do, or could do: `search`, `simplify`, `eject`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,73 @@ from typing import Annotated, Any
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, read_validation, takes
+from se_inject.arguments import (
+    AsJson,
+    Device,
+    InputSize,
+    Opened,
+    name_data,
+    open_model,
+    read_options,
+    read_validation,
+    takes,
+)
 from se_inject.errors import OptionError
+
+
+@takes(open_model=open_model, name_data=name_data, read_options=read_options)
+def run_search(
+    open_model: Callable[[], Opened],
+    name_data: Callable[[], dict[str, Any]],
+    *,
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget", metavar="N%|N", help="A share of the network without blocks, or a number: parameters or ms."
+        ),
+    ],
+    of: Annotated[
+        str, typer.Option("--of", metavar="parameters|latency", help="What is spent; latency is measured here.")
+    ] = "parameters",
+    steps: Annotated[int, typer.Option("--steps", metavar="N", help="Of the fine-tune of the gates alone.")] = 200,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe short. Repeatable.")
+    ] = None,
+    input_size: InputSize = None,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the plan (.json).")] = Path(
+        "plan.json"
+    ),
+    device: Device = "auto",
+    read_options: Callable[[], dict[str, Any]],
+    as_json: AsJson = False,
+) -> None:
+    """Find the sites that are worth their blocks, and write a plan that spends a budget on them."""
+    from se_inject.datasets import open_data
+    from se_inject.files import check_target, write_whole
+    from se_inject.reading import seed_all
+    from se_inject.recipe import read_recipe
+    from se_inject.search import Budget, search
+    from se_inject.start import prepare_start
+    from se_inject.world import stay_alone
+
+    check_target(out, (".json",))
+    amount, recipe, world = Budget.parse(budget, of), read_recipe("short", settings or ()), stay_alone(device)
+    options = name_data()
+    data = open_data(**options, seed=recipe.seed)
+    seed_all(recipe.seed)
+    model, source = open_model()
+    start = prepare_start(
+        model, source, data.num_classes, classes=data.classes or (), options=read_options(), input_size=input_size
+    )
+    if start.form.mode != "RGB":
+        data = open_data(**options, mode=start.form.mode, seed=recipe.seed)
+    with console.show_passes("search") as report:
+        found = search(start, data, recipe, world, amount, num_steps=steps, report=report)
+    write_whole(out, lambda file: file.write(found.plan.to_json().encode()))
+    if as_json:
+        console.print_json({"out": str(out), **found.to_values()})
+    else:
+        console.print_search(found, out)
 
 
 @takes(open_model=open_model, read_validation=read_validation)

@@ -68,8 +68,10 @@ def run_plan(
     if graph is not None:
         check_target(graph, (SVG,))
     network, source = open_model()
+    if "plan" in options:
+        network = inject(network, inplace=True, **options)
     if graph is not None:
-        draw_network(network, graph, **options)
+        draw_network(network, graph, **({} if "plan" in options else options))
         console.talk(f"wrote {graph}")
     if find_plan(network) is None:  # an artifact shows the plan that it was made with
         network = inject(network, inplace=True, **options)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from se_inject.images import Prediction
     from se_inject.plan import Plan
     from se_inject.scores import Scores
+    from se_inject.search import Found
     from se_inject.simplify import Simplified
     from se_inject.speed import Row
 
@@ -180,6 +181,25 @@ def show_passes(title: str) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bar, completed=done, total=total, note=what)
 
         yield report
+
+
+def print_search(found: Found, out: Path) -> None:
+    """Print what a search found: each site with what it costs and brings, and what was spent."""
+    unit = {"parameters": "parameters", "latency": "ms a batch"}[found.resource]
+    form = "{:,.0f}" if found.resource == "parameters" else "{:.3f}"
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("block", unit, "gradient", "loss without it", ""):
+        table.add_column(name, justify="left" if name in ("block", "") else "right")
+    for each in found.candidates:
+        gain = "not tried" if each.gain is None else f"{each.gain:+.5f}"
+        verdict = "in the plan" if each.is_chosen else "left out"
+        table.add_row(escape(each.path), form.format(each.cost), f"{each.gradient:.2e}", gain, verdict)
+    _print_whole(table)
+    num = sum(each.is_chosen for each in found.candidates)
+    stdout.out(
+        f"{out}: a plan of {num} of {len(found.candidates)} blocks, {form.format(found.spent)} of "
+        f"{form.format(found.limit)} {unit}; go on with se-inject finetune MODEL --plan {out}"
+    )
 
 
 def print_simplified(simplified: Simplified, out: Path) -> None:

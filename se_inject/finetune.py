@@ -16,16 +16,15 @@ from rich.progress import Progress
 from torch import nn
 
 from se_inject.artifact import save
-from se_inject.block import SqueezeExcite
 from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import Difference, Result, compare
 from se_inject.datasets import open_data
 from se_inject.errors import OptionError
 from se_inject.experiment import Experiment, Request, run_experiment
 from se_inject.files import check_target
+from se_inject.gates import is_fresh
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
-from se_inject.rewrite import blocks
 from se_inject.runlog import CURVES, METRICS, draw_curves, read_metrics
 from se_inject.sources import Source
 from se_inject.start import prepare_start
@@ -124,12 +123,6 @@ def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) ->
         )
     if recipe.batch_norm == "auto" and result.history[0]["batch_norm"] == "frozen":
         yield "batch norms kept their statistics, which fit these images better than those of a batch"
-
-
-def is_fresh(model: nn.Module) -> bool:
-    """Tell whether all blocks are exact identities still."""
-    own = [block for block in blocks(model).values() if isinstance(block, SqueezeExcite)]
-    return all(not block.fc2.weight.any() and (block.fc2.bias is None or not block.fc2.bias.any()) for block in own)
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

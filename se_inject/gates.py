@@ -102,6 +102,12 @@ def get_own_blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
     return own
 
 
+def is_fresh(model: nn.Module) -> bool:
+    """Tell whether all blocks are exact identities still."""
+    own = [block for block in blocks(model).values() if isinstance(block, SqueezeExcite)]
+    return all(not block.fc2.weight.any() and (block.fc2.bias is None or not block.fc2.bias.any()) for block in own)
+
+
 @contextmanager
 def fix_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> Iterator[None]:
     """Run a network with some blocks' gates the same for every image, for as long as the context lasts.

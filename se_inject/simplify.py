@@ -29,6 +29,9 @@ from se_inject.validation import Validation
 _TOLD = 0.99
 """The part of the variance of a gate's logits that a smaller block has to tell, to be tried."""
 
+_TIMED = 32
+"""Images at once, where networks are timed."""
+
 Action = Literal["fold", "reduce"]
 Report = Callable[[str, int, int], None]
 """Is told what is going on, how many passes over the images are done, and how many there will be at most."""
@@ -213,7 +216,7 @@ class _Trials:
         """Describe the stage that a step leads to: build its network, timed in turns with the one at the start."""
         made = stage.build(self._model)
         images, _ = next(iter(self._validation.loader))
-        times = compare_times({"start": self._model, "made": made}, images, rounds=self._rounds)
+        times = compare_times({"start": self._model, "made": made}, images[:_TIMED], rounds=self._rounds)
         parameters = sum(p.numel() for p in made.parameters())
         speed = times["start"] / times["made"]
         return Step(path, action, hidden, seen.scores.top1, seen.scores.loss, parameters, speed)

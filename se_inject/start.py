@@ -65,7 +65,9 @@ def prepare_start(
         EmptyPlanError: The network has no place for a block.
     """
     if find_plan(model) is None:
-        example = None if input_size is None else torch.zeros(2, count_channels(model), input_size, input_size)
+        example = None
+        if input_size is not None and "plan" not in options:  # a plan has the input that it was made for
+            example = torch.zeros(2, count_channels(model), input_size, input_size)
         model = inject(model, inplace=True, example=example, **options)
     form = read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)

@@ -1,0 +1,326 @@
+"""Search: which sites are worth their blocks, before a network is fine-tuned.
+
+Takes an injected network whose blocks are new, training images and a budget of parameters or time, gives a plan of the
+sites that bring most. The gradient of the loss with respect to the gates chooses those that are tried; a short
+fine-tune of the gates alone, and what taking each block out of it again costs, chooses among these.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset, IterableDataset, Subset
+
+from se_inject.calibration import calibrate
+from se_inject.contents import count_images
+from se_inject.datasets import Data
+from se_inject.ejection import eject
+from se_inject.errors import DataError, ModelError, OptionError
+from se_inject.gates import fix_gates, get_own_blocks, is_fresh
+from se_inject.groups import freeze_backbone
+from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.plan import PassedOver, Plan, Site
+from se_inject.recipe import Recipe
+from se_inject.restriction import restrict_blocks
+from se_inject.rewrite import copy_model, get_plan
+from se_inject.runlog import RunLog
+from se_inject.speed import compare_times, time_blocks
+from se_inject.start import Start
+from se_inject.tasks import autocast
+from se_inject.training import Job, train
+from se_inject.twin import set_training
+from se_inject.validation import CACHE, Validation
+from se_inject.world import World
+
+Resource = Literal["parameters", "latency"]
+Report = Callable[[str, int, int], None]
+"""Is told what is going on, how much of it is done, and how much there is."""
+_UNITS = {"parameters": "parameters", "latency": "ms"}
+_NUM_BATCHES = 16
+"""Batches over which the gradient is taken."""
+_ROOM = 2.0
+"""How much more than the budget the sites that are tried may cost together."""
+_JUDGING = 5
+"""Every fifth training image judges; the gates learn from the others."""
+_MOST_JUDGING = 5000
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all blocks together may cost.
+
+    Attributes:
+        amount: How much.
+        is_share: Whether `amount` is in per cent of the network without blocks, and not in parameters or milliseconds.
+        resource: Of what.
+    """
+
+    amount: float
+    is_share: bool = True
+    resource: Resource = "parameters"
+
+    @classmethod
+    def parse(cls, text: str, resource: str = "parameters") -> Budget:
+        """Read `5%`, or a number of parameters or of milliseconds.
+
+        Raises:
+            OptionError: It is something else.
+
+        Example:
+            >>> Budget.parse("5%"), Budget.parse("0.5", "latency")
+            (Budget(amount=5.0, is_share=True, resource='parameters'), \
+Budget(amount=0.5, is_share=False, resource='latency'))
+        """
+        if resource not in get_args(Resource):
+            raise OptionError(f"--of is {resource!r}; expected {' or '.join(get_args(Resource))}")
+        number = text.strip().removesuffix("%")
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = math.nan
+        if not 0 < amount < math.inf:
+            raise OptionError(f"--budget is {text!r}; expected a share as in 5%, or a number of {_UNITS[resource]}")
+        return cls(amount, number != text.strip(), resource)  # type: ignore[arg-type]  # it was looked up
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site, and what is known of it.
+
+    Attributes:
+        path: Of the block.
+        cost: Parameters, or milliseconds for a batch.
+        gradient: What a step along the gradient of the gates would bring to first order, by two halves of the batches;
+            negative where these do not agree.
+        gain: By how much the cross-entropy of other images rises when the block is taken out of the network whose gates
+            were tuned; None if it was not tried.
+        is_chosen: Whether it is in the plan.
+    """
+
+    path: str
+    cost: float
+    gradient: float
+    gain: float | None
+    is_chosen: bool
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        plan: With the sites that were chosen.
+        candidates: All sites, the best first.
+        resource: What is spent.
+        limit: How much could be.
+        base: What the network without blocks has.
+    """
+
+    plan: Plan
+    candidates: Sequence[Candidate]
+    resource: Resource
+    limit: float
+    base: float
+
+    @property
+    def spent(self) -> float:
+        """What the chosen blocks cost."""
+        return sum(candidate.cost for candidate in self.candidates if candidate.is_chosen)
+
+    def to_values(self) -> dict[str, Any]:
+        """Turn into plain values."""
+        return {
+            "resource": self.resource,
+            "limit": self.limit,
+            "spent": self.spent,
+            "base": self.base,
+            "sites": [asdict(candidate) for candidate in self.candidates],
+        }
+
+
+def search(
+    start: Start,
+    data: Data,
+    recipe: Recipe,
+    world: World,
+    budget: Budget,
+    *,
+    num_steps: int = 200,
+    report: Report = lambda *_: None,
+) -> Found:
+    """Search for the sites whose blocks bring most for a budget.
+
+    Args:
+        start: The network, with new blocks at all sites that come into question; it is left as it is.
+        data: The training images; a fifth of them (at most 5,000) judges what the gates learn from the others.
+        recipe: How the gates are tuned, but for its length.
+        world: Of one process.
+        budget: What the blocks may cost.
+        num_steps: Of the fine-tune of the gates.
+        report: See `Report`.
+
+    Raises:
+        ModelError: The blocks are trained, or are none of ours.
+        OptionError: The budget buys no block, or `num_steps` is below 1.
+        DataError: There are too few images, or they come as a stream.
+    """
+    if num_steps < 1:
+        raise OptionError(f"--steps is {num_steps}; it must be at least 1")
+    plan = get_plan(start.model)
+    if not is_fresh(start.model):
+        raise ModelError(f"the blocks of {plan.model} were trained already; search in the network without them")
+    model = copy_model(start.model).to(world.device)
+    learning, judging = _split(data)
+    own = replace(data, train=learning, val=judging)
+    recipe = replace(recipe, train="gates", gates_share=1.0, distill=0.0)
+    loader = TrainLoader(own, start.form, recipe, world, num_classes=start.num_classes)
+    compute = partial(autocast, recipe, world)
+    recipe = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
+    gradients = measure_gradients(model, loader, compute, recipe.label_temperature, report)
+    images, _ = next(iter(loader.iterate(0, 0)))
+    costs, base = _measure_costs(model, plan, budget, images)
+    limit = base * budget.amount / 100 if budget.is_share else budget.amount
+    if min(costs.values()) > limit:
+        cheapest = min(costs, key=costs.__getitem__)
+        unit = _UNITS[budget.resource]
+        raise OptionError(
+            f"--budget is {limit:,.4g} {unit}, and the cheapest block, {cheapest}, takes {costs[cheapest]:,.4g}"
+        )
+    tried = spend(gradients, costs, _ROOM * limit)
+    model = restrict_blocks(model, replace(plan, sites=tuple(site for site in plan.sites if site.path in tried)))
+    epochs = num_steps / loader.num_steps
+    val = EvalLoader(
+        judging, start.form, batch_size=recipe.batch_size, workers=recipe.workers, world=world,
+        num_classes=start.num_classes, cache=CACHE,
+    )  # fmt: skip
+    report(f"tuning the gates of {len(tried)} blocks, {num_steps} steps", 0, 1)
+    job = Job(model, loader, val, replace(recipe, epochs=epochs), world, start.num_classes, fresh=start.fresh)
+    with tempfile.TemporaryDirectory() as folder, RunLog(None, "") as log:
+        tuned = train(job, Path(folder), log, lambda *_: None).model
+    gains = measure_gains(tuned, Validation(own, val, world, start.num_classes), report)
+    chosen = spend({path: gain for path, gain in gains.items() if gain > 0}, costs, limit)
+    if not chosen:
+        raise DataError(
+            f"none of {len(gains)} blocks lowered the loss of images that they did not learn from; give more --steps"
+        )
+    candidates = [Candidate(path, costs[path], gradients[path], gains.get(path), path in chosen) for path in gradients]
+    candidates.sort(key=lambda c: (not c.is_chosen, -(-math.inf if c.gain is None else c.gain / c.cost), -c.gradient))
+    return Found(_restrict(plan, candidates, gains), candidates, budget.resource, limit, base)
+
+
+def measure_gradients(
+    model: nn.Module, loader: TrainLoader, compute: Callable[[], Any], temperature: float, report: Report
+) -> dict[str, float]:
+    """Measure what each block's gate could bring, by the gradient of the loss on a few batches.
+
+    A new block's gate depends on its second layer alone. The squared norm of the gradient there, which is what a step
+    along it brings to first order, is estimated by the inner product of the gradients of two halves of the batches:
+    what is noise in each does not count.
+
+    Args:
+        model: An injected network with new blocks; all but these is frozen.
+        loader: Gives the batches.
+        compute: Makes the context in which the network runs.
+        temperature: Outputs are divided by it.
+        report: See `Report`.
+
+    Returns:
+        By the paths of the blocks.
+    """
+    own = get_own_blocks(freeze_backbone(model))
+    layers = {path: list(block.fc2.parameters()) for path, block in own.items()}
+    halves: list[dict[str, list[Tensor]]] = [{}, {}]
+    num = min(_NUM_BATCHES, loader.num_steps)
+    with set_training(model, False):
+        for i, (images, labels) in enumerate(itertools.islice(loader.iterate(0, 0), num)):
+            report("the gradient of the gates", i, num)
+            with compute():
+                outputs = model(images)
+            loss = F.cross_entropy(outputs.float() / temperature, labels)
+            found = torch.autograd.grad(loss, [p for params in layers.values() for p in params])
+            gradients = iter(found)
+            for path, params in layers.items():
+                each = [next(gradients).double() for _ in params]
+                known = halves[i % 2].get(path)
+                halves[i % 2][path] = each if known is None else [a + b for a, b in zip(known, each, strict=True)]
+    first, second = halves[0], halves[1] or halves[0]
+    scale = math.ceil(num / 2) * max(1, num // 2)
+    return {
+        path: float(sum((a * b).sum() for a, b in zip(first[path], second[path], strict=True))) / scale for path in own
+    }
+
+
+def measure_gains(model: nn.Module, validation: Validation, report: Report) -> dict[str, float]:
+    """Measure by how much the loss rises when each block is taken out alone: its gate is 1 then."""
+    own = get_own_blocks(model)
+    whole = validation.score(model).loss
+    gains = {}
+    for i, (path, block) in enumerate(own.items()):
+        report(f"the network without {path}", i, len(own))
+        with fix_gates(model, {path: torch.ones(block.channels)}):
+            gains[path] = validation.score(model).loss - whole
+    return gains
+
+
+def spend(values: Mapping[str, float], costs: Mapping[str, float], limit: float) -> set[str]:
+    """Spend a budget: what is worth most for its cost comes first, and what no longer fits is left out.
+
+    Example:
+        >>> sorted(spend({"a": 3, "b": 2, "c": 1}, {"a": 4, "b": 1, "c": 1}, 3))
+        ['b', 'c']
+    """
+    chosen: set[str] = set()
+    spent = 0.0
+    for path in sorted(values, key=lambda path: -values[path] / costs[path]):
+        if spent + costs[path] <= limit * (1 + 1e-9):
+            chosen.add(path)
+            spent += costs[path]
+    return chosen
+
+
+def _split(data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
+    images = data.train
+    assert images is not None
+    if isinstance(images, IterableDataset):
+        raise DataError(f"{data.origin} comes as a stream, of which no part can be kept to judge by; give a folder")
+    num = count_images(images)
+    step = max(_JUDGING, math.ceil(num / _MOST_JUDGING))
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(0)).tolist()
+    if not order[::step] or len(order) == len(order[::step]):
+        raise DataError(
+            f"{data.origin} has {num} training images; a search needs some to learn from and some to judge by"
+        )
+    judging = set(order[::step])
+    return Subset(images, [i for i in range(num) if i not in judging]), Subset(images, sorted(judging))
+
+
+def _measure_costs(model: nn.Module, plan: Plan, budget: Budget, images: Tensor) -> tuple[dict[str, float], float]:
+    """Measure what each block costs, and what the network without blocks has of it."""
+    plain = eject(model)
+    if budget.resource == "parameters":
+        costs = {site.path: float(site.num_parameters) for site in plan.sites}
+        return costs, float(sum(p.numel() for p in plain.parameters()))
+    return time_blocks(model, get_own_blocks(model), images), 1000 * compare_times({"": plain}, images, rounds=20)[""]
+
+
+def _restrict(plan: Plan, candidates: Sequence[Candidate], gains: Mapping[str, float]) -> Plan:
+    chosen = {candidate.path for candidate in candidates if candidate.is_chosen}
+    rest = tuple(_pass_over(site, gains.get(site.path)) for site in plan.sites if site.path not in chosen)
+    sites = tuple(site for site in plan.sites if site.path in chosen)
+    return replace(plan, sites=sites, passed_over=(*plan.passed_over, *rest))
+
+
+def _pass_over(site: Site, gain: float | None) -> PassedOver:
+    how = "its gradient is small for its cost" if gain is None else f"without it the loss rises by {gain:.2g}"
+    reason = f"left out by the search: {how}"
+    return PassedOver(site.owner, site.method, site.kind, site.merge, reason, site.num_merges)

@@ -10,6 +10,7 @@ The arms start from the same trained network and see the same images in the same
   stage of their own, the backbone's rate, no distillation.
 - `every_conv`: the same, with a block after every convolution.
 - `control_distill`, on request: the control with the recipe's distillation, to tell its share from the blocks'.
+- `search`, on request: as `se`, with the blocks alone that `se_inject.search` chooses for half of their parameters.
 
 Rows are appended to OUT.jsonl as they come; the same command goes on where it was stopped. `--set-all` changes the
 recipe for all arms, `--set` for `se` alone. `--choosing` scores on every second test image alone: settings are chosen
@@ -40,7 +41,15 @@ from torch import nn
 from torch.utils.data import Subset
 
 import se_inject
-from benchmarks.accuracy_networks import ARMS, NAMES, Pretrained, make_data, make_model, open_pretrained
+from benchmarks.accuracy_networks import (
+    ARMS,
+    NAMES,
+    Pretrained,
+    make_data,
+    make_model,
+    open_pretrained,
+    search_half,
+)
 from benchmarks.accuracy_report import summarise, write_table
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
@@ -112,7 +121,7 @@ def make_recipe_of(arm: str, name: str, shared: list[str], own: list[str]) -> Re
     """
     tuned = read_recipe(name, [_IN_MEMORY, *shared, *own])
     base = read_recipe(name, [_IN_MEMORY, *shared])
-    if arm == "se":
+    if arm in ("se", "search"):
         return tuned
     if arm == "control_distill":
         return replace(base, distill=tuned.distill, temperature=tuned.temperature)
@@ -134,6 +143,8 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         # On the original, for all arms: what is pasted in breaks the start, and would settle other things.
         recipe = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
         model, before = _get_start(run, opened, world, files)
+        if run.arm == "search":
+            model = search_half(model, opened, data, recipe, world)
         glanced = Subset(data.val, range(0, len(data.val), max(1, len(data.val) // _NUM_GLANCED)))  # type: ignore[arg-type]
         job = Job(
             model, loader, _make_eval(glanced, opened, recipe, world), recipe,
@@ -168,7 +179,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
 def _get_start(run: Run, opened: Pretrained, world: World, files: Files) -> tuple[nn.Module, float]:
     """Make the network of a run, and score it before the first step; the same start is scored once a process."""
     seed_all(run.seed)
-    model = make_model(opened.model, run.arm, r=run.r, size=opened.form.size)
+    model = make_model(opened.model, "se" if run.arm == "search" else run.arm, r=run.r, size=opened.form.size)
     key = (run.network, run.arm, run.share, run.seed, run.r, run.input_size, run.is_choosing)
     if key not in (known := _get_known()):
         data = make_data(run.network, files.data, share=1, seed=run.seed)

@@ -27,12 +27,16 @@ from se_inject.files import read_state_dict
 from se_inject.formats import InputFormat, read_format
 from se_inject.heads import replace_head
 from se_inject.reading import seed_all
-from se_inject.rewrite import copy_model
+from se_inject.recipe import Recipe
+from se_inject.rewrite import copy_model, get_plan
+from se_inject.search import Budget, search
 from se_inject.sources import load_weights, open_network
+from se_inject.start import Start
+from se_inject.world import World
 
 Name = Literal["resnet20", "resnet56", "efficientnet_lite0"]
 NAMES = get_args(Name)
-ARMS = ("control", "se", "default", "every_conv", "control_distill")
+ARMS = ("control", "se", "default", "every_conv", "control_distill", "search")
 """What they are is said in `benchmarks.accuracy`."""
 _DEPTHS = {"resnet20": 3, "resnet56": 9}
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -159,6 +163,14 @@ def make_model(plain: nn.Module, arm: str, *, r: float, size: tuple[int, int, in
             block.fc1.reset_parameters()
             block.fc2.reset_parameters()
     return model
+
+
+def search_half(model: nn.Module, opened: Pretrained, data: Data, recipe: Recipe, world: World) -> nn.Module:
+    """Leave the network the blocks alone that a search chooses for half of their parameters; all are new still."""
+    start = Start(model, None, opened.form, data.num_classes, opened.fresh)
+    budget = Budget(get_plan(model).num_parameters / 2, is_share=False)
+    found = search(start, data, recipe, world, budget)
+    return se_inject.inject(opened.model, plan=found.plan)
 
 
 class MemoryImages(Dataset[Any]):

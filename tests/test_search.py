@@ -1,0 +1,190 @@
+"""The search for the sites that are worth their blocks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from se_inject import blocks, inject, load
+from se_inject.datasets import open_data
+from se_inject.errors import DataError, ModelError, OptionError
+from se_inject.plan import Plan
+from se_inject.recipe import read_recipe
+from se_inject.rewrite import get_plan
+from se_inject.search import Budget, search, spend
+from se_inject.speed import time_blocks
+from se_inject.start import prepare_start
+from se_inject.world import stay_alone
+from tests.digits import DigitNet, write_digits
+from tests.test_cli import run  # noqa: F401
+
+pytestmark = pytest.mark.filterwarnings("ignore:Cosine annealing scheduler:UserWarning")
+NET = "tests.digits:DigitNet"
+SETTINGS = "batch_size=16 crop=none hflip=0 workers=0".split()
+WORLD = stay_alone("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"), 240)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Of a network that knows the digits a little, so that its gates have something to bring."""
+    torch.manual_seed(0)
+    model, digits = DigitNet().train(), load_digits()
+    x = (torch.tensor(digits.images[:180, None], dtype=torch.float32) / 16 - 0.449) / 0.226
+    y = torch.tensor(digits.target[:180])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(12):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("weights") / "digits.pt"
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def make_start(weights, **options):
+    model = DigitNet()
+    model.load_state_dict(torch.load(weights))
+    return prepare_start(model.eval(), None, 10, options={"r": 4, **options}, input_size=8)
+
+
+def test_a_budget_is_read():
+    assert Budget.parse("5%") == Budget(5, is_share=True, resource="parameters")
+    assert Budget.parse(" 2.5 % ") == Budget(2.5)
+    assert Budget.parse("20000") == Budget(20000, is_share=False)
+    assert Budget.parse("0.5", "latency") == Budget(0.5, is_share=False, resource="latency")
+
+
+@pytest.mark.parametrize(("text", "of", "match"), [
+    ("much", "parameters", "--budget is 'much'; expected a share as in 5%, or a number of parameters"),
+    ("0%", "parameters", "--budget is '0%'"),
+    ("-3", "latency", "--budget is '-3'; expected a share as in 5%, or a number of ms"),
+    ("nan", "latency", "--budget is 'nan'"),
+    ("5%", "bytes", "--of is 'bytes'; expected parameters or latency"),
+])  # fmt: skip
+def test_a_wrong_budget_is_refused(text, of, match):
+    with pytest.raises(OptionError, match=match):
+        Budget.parse(text, of)
+
+
+def test_a_budget_is_spent_on_what_is_worth_most_for_its_cost():
+    values, costs = {"a": 3.0, "b": 2.0, "c": 1.0, "d": 0.1}, {"a": 4.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    assert spend(values, costs, 3) == {"b", "c", "d"}
+    assert spend(values, costs, 6) == {"a", "b", "c"}
+    assert spend(values, costs, 0.5) == set()
+
+
+@pytest.mark.slow
+def test_the_best_sites_for_the_budget_are_found(weights, data):
+    start = make_start(weights)
+    before = {key: value.clone() for key, value in start.model.state_dict().items()}
+    told = []
+    recipe = read_recipe("short", SETTINGS)
+    found = search(
+        start, open_data(str(data), mode="L"), recipe, WORLD, Budget(1000, is_share=False), num_steps=40,
+        report=lambda *args: told.append(args),
+    )  # fmt: skip
+    chosen = [candidate for candidate in found.candidates if candidate.is_chosen]
+    assert chosen
+    assert found.spent == found.plan.num_parameters <= 1000 == found.limit
+    assert {site.path for site in found.plan.sites} == {candidate.path for candidate in chosen}
+    assert {candidate.path for candidate in found.candidates} == set(blocks(start.model))
+    assert all(candidate.gain > 0 for candidate in chosen)
+    left = len(found.candidates) - len(chosen)
+    reasons = [item.reason for item in found.plan.passed_over if item.reason.startswith("left out by the search")]
+    assert len(reasons) == left
+    assert told
+    assert all(torch.equal(value, before[key]) for key, value in start.model.state_dict().items())
+    model = DigitNet()
+    model.load_state_dict(torch.load(weights))
+    injected = inject(model.eval(), plan=found.plan)
+    assert list(blocks(injected)) == [site.path for site in found.plan.sites]
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(injected(x), model(x))
+    assert Plan.from_json(found.plan.to_json()).to_json() == found.plan.to_json()
+
+
+@pytest.mark.slow
+def test_a_site_that_can_bring_nothing_is_left_out(weights, data):
+    start = make_start(weights)
+    with torch.no_grad():  # its branch is zero, whatever the gate
+        start.model.block1.bn2.weight.zero_()
+        start.model.block1.bn2.bias.zero_()
+    recipe = read_recipe("short", SETTINGS)
+    found = search(start, open_data(str(data), mode="L"), recipe, WORLD, Budget(100), num_steps=30)
+    known = {candidate.path: candidate for candidate in found.candidates}
+    assert known["block1.se"].gradient == 0
+    assert not known["block1.se"].is_chosen
+
+
+def test_time_can_be_spent_too(weights):
+    start = make_start(weights)
+    own = blocks(start.model)
+    times = time_blocks(start.model, own, torch.zeros(4, 1, 8, 8), rounds=3)
+    assert set(times) == set(own)
+    assert all(time > 0 for time in times.values())
+    assert not any(block._forward_hooks or block._forward_pre_hooks for block in own.values())
+
+
+def test_what_cannot_be_searched_is_refused(weights, data):
+    images, recipe = open_data(str(data), mode="L"), read_recipe("short", SETTINGS)
+    start = make_start(weights)
+    with pytest.raises(OptionError, match="--steps is 0; it must be at least 1"):
+        search(start, images, recipe, WORLD, Budget(5), num_steps=0)
+    with pytest.raises(OptionError, match=r"--budget is 3 parameters, and the cheapest block, block1.se, takes 280"):
+        search(start, images, recipe, WORLD, Budget(3, is_share=False))
+    few = replace(images, train=torch.utils.data.Subset(images.train, [0]))
+    with pytest.raises(DataError, match="has 1 training images; a search needs some to learn from and some to judge"):
+        search(start, few, recipe, WORLD, Budget(5))
+    with torch.no_grad():
+        start.model.block1.se.fc2.weight.add_(1)
+    with pytest.raises(ModelError, match="the blocks of DigitNet were trained already"):
+        search(start, images, recipe, WORLD, Budget(5))
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_plan_that_the_others_take(run, weights, data):  # noqa: F811
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    common = ("--weights", weights, "--data", data, "--input-size", 8)
+    code, out, err = run("search", NET, *common, "--r", 4, *settings, "--budget", 1000, "--steps", 40)
+    assert code == 0, err
+    plan = Plan.from_json(Path("plan.json").read_text())
+    assert f"plan.json: a plan of {len(plan.sites)} of 3 blocks, {plan.num_parameters:,} of 1,000 parameters" in out
+    code, out, _ = run("search", NET, *common, "--r", 4, *settings, "--budget", 1000, "--steps", 40, "--json")
+    values = json.loads(out)
+    assert values["spent"] == plan.num_parameters
+    assert {site["path"] for site in values["sites"] if site["is_chosen"]} == {site.path for site in plan.sites}
+    code, out, err = run("inject", NET, "--weights", weights, "--plan", "plan.json", "--out", "model.pt")
+    assert code == 0, err
+    assert list(blocks(load("model.pt", trust_source=True))) == [site.path for site in plan.sites]
+    code, out, err = run(
+        "finetune", NET, *common, "--plan", "plan.json", *settings, "--epochs", "0.2", "--out", "tuned.pt"
+    )
+    assert code == 0, err
+    assert get_plan(load("tuned.pt", trust_source=True)).sites == plan.sites
+    code, out, _ = run("plan", NET, "--weights", weights, "--plan", "plan.json", "--graph", "plan.svg")
+    assert code == 0
+    assert "left out by the search" in out
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (("inject", NET, "--no-pretrained", "--plan", "none.json"), "none.json cannot be read as a plan: No such file"),
+    (("inject", NET, "--no-pretrained", "--plan", "bad.json"), "not a plan of se-inject"),
+    (("plan", NET, "--plan", "bad.json", "--r", "4"), "--plan holds all options already; leave out --r, or --plan"),
+    (("plan", NET, "--plan", "bad.json", "--skip-last-stage"), "leave out --skip-last-stage, or --plan"),
+    (("search", NET, "--no-pretrained", "--data", ".", "--budget", "5%", "--out", "x.pt"), "x.pt"),
+    (("search", NET, "--no-pretrained", "--data", "nothing", "--budget", "5%"), "there is no folder nothing"),
+])  # fmt: skip
+def test_bad_input_gets_one_line(run, args, message):  # noqa: F811
+    Path("bad.json").write_text("{}")
+    code, out, err = run(*args)
+    assert code == 1
+    assert message in err
+    assert out == ""

@@ -195,6 +195,8 @@ def print_search(found: Found, out: Path) -> None:
         verdict = "in the plan" if each.is_chosen else "left out"
         table.add_row(escape(each.path), form.format(each.cost), f"{each.gradient:.2e}", gain, verdict)
     _print_whole(table)
+    if found.note:
+        talk(found.note)
     num = sum(each.is_chosen for each in found.candidates)
     stdout.out(
         f"{out}: a plan of {num} of {len(found.candidates)} blocks, {form.format(found.spent)} of "

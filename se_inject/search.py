@@ -124,6 +124,7 @@ class Found:
         resource: What is spent.
         limit: How much could be.
         base: What the network without blocks has.
+        note: What the user should know of the choice.
     """
 
     plan: Plan
@@ -131,6 +132,7 @@ class Found:
     resource: Resource
     limit: float
     base: float
+    note: str = ""
 
     @property
     def spent(self) -> float:
@@ -144,6 +146,7 @@ class Found:
             "limit": self.limit,
             "spent": self.spent,
             "base": self.base,
+            "note": self.note,
             "sites": [asdict(candidate) for candidate in self.candidates],
         }
 
@@ -208,14 +211,17 @@ def search(
     with tempfile.TemporaryDirectory() as folder, RunLog(None, "") as log:
         tuned = train(job, Path(folder), log, lambda *_: None).model
     gains = measure_gains(tuned, Validation(own, val, world, start.num_classes), report)
-    chosen = spend({path: gain for path, gain in gains.items() if gain > 0}, costs, limit)
-    if not chosen:
-        raise DataError(
-            f"none of {len(gains)} blocks lowered the loss of images that they did not learn from; give more --steps"
+    useful = {path: gain for path, gain in gains.items() if gain > 0}
+    note = ""
+    if not useful:
+        note = (
+            f"none of {len(gains)} blocks lowered the loss of other images in {num_steps} steps: "
+            f"these are chosen by their gradients alone; more --steps or images may tell more"
         )
+    chosen = spend(useful or {path: gradients[path] for path in gains}, costs, limit)
     candidates = [Candidate(path, costs[path], gradients[path], gains.get(path), path in chosen) for path in gradients]
     candidates.sort(key=lambda c: (not c.is_chosen, -(-math.inf if c.gain is None else c.gain / c.cost), -c.gradient))
-    return Found(_restrict(plan, candidates, gains), candidates, budget.resource, limit, base)
+    return Found(_restrict(plan, candidates, gains), candidates, budget.resource, limit, base, note)
 
 
 def measure_gradients(

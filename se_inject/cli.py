@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from se_inject import __version__, console
 from se_inject.commands_deployment import run_bench, run_export
 from se_inject.commands_gates import run_eject, run_search, run_simplify
+from se_inject.commands_report import run_report
 from se_inject.commands_surgery import run_inject, run_plan
 from se_inject.commands_training import run_evaluate, run_finetune, run_predict
 from se_inject.errors import SEInjectError
@@ -67,6 +68,7 @@ for _name, _command in {
     "finetune": run_finetune,
     "evaluate": run_evaluate,
     "predict": run_predict,
+    "report": run_report,
     "simplify": run_simplify,
     "eject": run_eject,
     "export": run_export,

@@ -220,8 +220,8 @@ def draw_costs(blocks: Sequence[BlockFacts]) -> list[Chart]:
         base.mark_rule(color=ACCENT, strokeOpacity=0.55, strokeWidth=1.5).encode(
             alt.X("low:Q", title="top-1 lost, points of per cent", axis=_AXIS), alt.X2("high:Q")
         ),
+        zero,  # under the points, which are to be hovered over
         base.mark_circle(color=ACCENT, opacity=1, size=36).encode(lost),
-        zero,
     )
     loss = alt.layer(
         base.mark_bar(color=ACCENT, height={"band": 0.6}).encode(

@@ -47,6 +47,7 @@ from benchmarks.accuracy_networks import (
     Pretrained,
     make_data,
     make_model,
+    name_source,
     open_pretrained,
     search_half,
 )
@@ -105,6 +106,7 @@ class Files:
     weights: Path | None
     device: str = "auto"
     threads: int = 1
+    keep: Path | None = None
 
 
 def make_recipe_of(arm: str, name: str, shared: list[str], own: list[str]) -> Recipe:
@@ -152,6 +154,9 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         )  # fmt: skip
         with RunLog(None, "") as log:
             outcome = train(job, Path(folder), log, lambda *_: None)
+        if files.keep is not None and se_inject.blocks(outcome.model):
+            name = f"{run.network}-{run.arm}-{run.share:g}-{run.epochs:g}-{run.seed}.pt"
+            se_inject.save(outcome.model, files.keep / name, source=name_source(run.network, data.classes))
         scores = _score(
             outcome.model, _make_halves(run, data.val, opened, recipe, world), world,
             temperature=recipe.label_temperature, compute=compute,
@@ -289,6 +294,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="Processes side by side.")
     parser.add_argument("--threads", type=int, default=1, help="Of each process.")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="Where tuned networks with blocks go.")
     parser.add_argument("--out", type=Path, default=_FOLDER / "accuracy.json")
     options = parser.parse_args()
     if not all(0 < share <= 1 for share in options.share):
@@ -300,7 +306,7 @@ def main() -> None:
     """Run what is missing, then summarise, print and write."""
     options = read_arguments()
     torch.set_num_threads(options.threads)
-    files = Files(options.data, options.weights, options.device, options.threads)
+    files = Files(options.data, options.weights, options.device, options.threads, options.keep)
     rows, throughput = [], {}
     if options.throughput:
         recipe = make_recipe_of("control", options.recipe, options.set_all, [])

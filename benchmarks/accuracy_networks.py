@@ -30,7 +30,7 @@ from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.search import Budget, search
-from se_inject.sources import load_weights, open_network
+from se_inject.sources import Source, load_weights, open_network
 from se_inject.start import Start
 from se_inject.world import World
 
@@ -163,6 +163,13 @@ def make_model(plain: nn.Module, arm: str, *, r: float, size: tuple[int, int, in
             block.fc1.reset_parameters()
             block.fc2.reset_parameters()
     return model
+
+
+def name_source(name: str, classes: Sequence[str] | None) -> Source | None:
+    """Name how a CIFAR ResNet is built, for an artifact; timm knows the others itself."""
+    if name not in _DEPTHS:
+        return None
+    return Source("factory", f"benchmarks.accuracy_networks:{name}", classes=tuple(classes or ()))
 
 
 def search_half(model: nn.Module, opened: Pretrained, data: Data, recipe: Recipe, world: World) -> nn.Module:

@@ -114,7 +114,7 @@ def _shape_factor(model: nn.Module, name: str, gate: Tensor, block: SqueezeExcit
             return gate.view(-1, 1, *ones)
         of_groups = gate.view(groups, 1, -1).expand(-1, parameter.shape[0] // groups, -1)
         return of_groups.reshape(*parameter.shape[:2], *ones)
-    if parameter.numel() == len(gate) and not is_after:
+    if parameter.numel() == len(gate):
         return gate.view_as(parameter)
     raise UnreachableError(f"{name} has {tuple(parameter.shape)} numbers for {len(gate)} channels")
 

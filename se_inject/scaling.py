@@ -128,7 +128,7 @@ def find_reader(search: Search, trace: Trace, node: fx.Node) -> Scale:
         node: The node of the map.
 
     Raises:
-        UnreachableError: No single convolution or linear layer reads it; the message says what does.
+        UnreachableError: No single convolution, linear layer or layer scale reads it; the message says what does.
     """
     readers = [user for user in node.users if not _only_reads(user)]
     if len(readers) != 1 or readers[0].op == "output":
@@ -142,7 +142,10 @@ def find_reader(search: Search, trace: Trace, node: fx.Node) -> Scale:
         return _scale_parameters(search, trace, [_get_argument(reader, 1, "weight")])
     if is_first and name in search.passing:
         return find_reader(search, trace, reader)
-    raise UnreachableError(f"`{reader.name}` reads it, which is no convolution or linear layer")
+    others = [other for other in reader.all_input_nodes if other is not node]
+    if name in _PRODUCTS and len(others) == 1 and not _is_computed(others[0]):  # a layer scale
+        return find_scale(search, trace, others[0], reader)
+    raise UnreachableError(f"`{reader.name}` reads it, which is no convolution, linear layer or layer scale")
 
 
 def _find_reader_inside(search: Search, trace: Trace, node: fx.Node, reader: fx.Node) -> Scale:
@@ -178,7 +181,7 @@ def _scale_operation(search: Search, trace: Trace, node: fx.Node, name: str) -> 
         return result
     if name in _PRODUCTS:
         return _scale_factor(search, trace, node, operands)
-    if name in search.passing or name in _QUOTIENTS:
+    if name in search.passing or name in _QUOTIENTS or (name in _HOMOGENEOUS and _is_vector(node)):
         source = _list_arguments(node)[0]
         if isinstance(source, fx.Node) and isinstance(source.meta["value"], Tensor):
             return find_scale(search, trace, source, node)
@@ -203,6 +206,11 @@ def _scale_factor(search: Search, trace: Trace, node: fx.Node, operands: list[fx
 def _is_computed(node: fx.Node) -> bool:
     """Tell whether a value depends on the input, and not on parameters alone as a reshaped layer scale does."""
     return any(n.op != "get_attr" for n in get_ancestors(node) if not n.all_input_nodes)
+
+
+def _is_vector(node: fx.Node) -> bool:
+    """Tell whether a value is a parameter with one number a channel, as a reshaped layer scale is."""
+    return not _is_computed(node) and sum(size > 1 for size in node.meta["value"].shape) == 1
 
 
 def _scale_child(search: Search, trace: Trace, node: fx.Node) -> Scale:

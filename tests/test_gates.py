@@ -175,7 +175,7 @@ def test_fixed_gates_are_the_same_for_every_image(model):
 FOLDING = {
     "resnet18": 8, "resnet50": 16, "mobilenetv2_100": 10, "convnext_atto": 12, "dla34": 12, "inception_v4": 22,
     "inception_resnet_v2": 43, "hrnet_w18_small": 26, "xception41": 12, "regnetx_002": 13, "res2net50_26w_4s": 16,
-    "densenet121": 0, "dpn68": 0, "nf_resnet50": 0,
+    "convnext_tiny": 18, "densenet121": 0, "dpn68": 0, "nf_resnet50": 0,
 }  # fmt: skip
 
 

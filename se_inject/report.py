@@ -165,6 +165,7 @@ def make_report(
     begin("collecting gates", 0)
     seen = observe(model, validation)
     check_trained(model, seen.gates)
+    _check_block(wishes.block, seen.gates)  # of blocks that the network has, but does not run
     classes = choose_classes(seen.scores, names, asked)
     sites: dict[str, Site] = {site.path: site for site in get_plan(model).sites}
     ablations = _measure_ablations(model, validation, seen, begin)

@@ -7,8 +7,6 @@ one a block measures what is lost without its variation, and one finds the image
 from __future__ import annotations
 
 import difflib
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -184,31 +182,6 @@ def make_report(
         compare_arms(wishes.results, wishes.folder), classes, make_panels(seen.gates, sites, classes), blocks, chosen,
         pictures, wishes.command,
     )  # fmt: skip
-
-
-def compare_passes(model: nn.Module, validation: Validation, *, rounds: int = 3) -> dict[str, float]:
-    """Time the pass that collects gates beside one that only classifies, in turns.
-
-    Args:
-        model: An injected network, on the validation's device; it is left as it is.
-        validation: The images; where they are cached, reading them is left out.
-        rounds: How often each is timed.
-
-    Returns:
-        The median seconds of "scoring" and of "collecting".
-    """
-    passes: dict[str, Callable[[], object]] = {
-        "scoring": lambda: validation.score(model),
-        "collecting": lambda: observe(model, validation),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in passes}
-    validation.score(model)
-    for _ in range(rounds):
-        for name, run in passes.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _check_block(path: str, known: Mapping[str, object]) -> None:

@@ -1,5 +1,6 @@
 """Every command and every example in the README is run, and the code that it shows is the code."""
 
+import importlib
 import inspect
 import os
 import re
@@ -11,6 +12,8 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import torchvision
 
 from se_inject import blocks, inject
@@ -25,7 +28,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 22
+    assert len(COMMANDS) == 27
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 
@@ -37,9 +40,15 @@ def test_every_se_inject_command_runs_in_the_order_of_the_readme(tmp_path):
 
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "cat.png")
     make_two_folders(tmp_path / "DIR", num=4)
+    # An untrained network of timm's has branches that are zero, and gates that learn nothing.
+    torch.save(timm.create_model("resnet18", zero_init_last=False).state_dict(), tmp_path / "resnet18.pt")
     quick = {
         "finetune": "--set batch_size=4 --set workers=0 --epochs 1 --input-size 64".split(),
         "evaluate": "--workers 0 --input-size 64".split(),
+        "report": "--workers 0 --input-size 64".split(),
+        "simplify": "--workers 0 --input-size 64".split(),
+        "eject": "--input-size 64".split(),
+        "search": "--set batch_size=4 --set workers=0 --steps 2 --input-size 64".split(),
     }
     program = Path(sys.executable).parent / "se-inject"
     for command in COMMANDS:
@@ -49,6 +58,8 @@ def test_every_se_inject_command_runs_in_the_order_of_the_readme(tmp_path):
         # Those that download; tests may run where no hub can be reached.
         fetches = words[1] != "plan" and {"resnet50", "mobilenetv2_100"} & {*words[1:3]}
         fetches = fetches and "--no-pretrained" not in words
+        if "resnet18" in words and "--no-pretrained" in words:
+            words = [w for w in words if w != "--no-pretrained"] + ["--weights", "resnet18.pt"]
         arguments = [*words[1:], *quick.get(words[1], []), *(["--no-pretrained"] if fetches else [])]
         done = subprocess.run(
             [program, *arguments],
@@ -97,10 +108,10 @@ def test_the_code_that_is_shown_is_the_code():
 def test_docstring_examples_run():
     import doctest
 
-    from se_inject import block, comparison, ejection, export, groups, planner, recipe, rewrite, standard
-
-    for module in (block, planner, rewrite, ejection, standard, export, recipe, groups, comparison):
-        names = {"torch": __import__("torch"), "inject": inject, "blocks": blocks}
-        results = doctest.testmod(module, extraglobs=names)
+    names = "block planner rewrite ejection standard export recipe groups comparison gate_folding restriction search"
+    for name in names.split():
+        module = importlib.import_module(f"se_inject.{name}")
+        known = {"torch": torch, "inject": inject, "blocks": blocks}
+        results = doctest.testmod(module, extraglobs=known)
         assert results.attempted > 0
         assert results.failed == 0, module.__name__

@@ -17,7 +17,7 @@ from se_inject.errors import DataError, ModelError, OptionError
 from se_inject.formats import InputFormat
 from se_inject.gates import Passed, collect_gates
 from se_inject.loaders import EvalLoader
-from se_inject.report import Wishes, compare_passes, make_report
+from se_inject.report import Wishes, make_report
 from se_inject.report_blocks import Ablation, advise, measure_ablation
 from se_inject.report_charts import write_figures
 from se_inject.report_classes import choose_classes, choose_evenly, find_classes
@@ -172,12 +172,6 @@ def test_progress_counts_the_passes():
     assert [done for _, done, _ in told] == [0, 1, 2, 3, 4, 5, 6]
     assert {total for *_, total in told} == {6}
     assert told[1][0] == "block1.se with its mean gate"
-
-
-def test_the_passes_can_be_timed_beside_each_other():
-    seconds = compare_passes(make_network(), make_small(20), rounds=1)
-    assert set(seconds) == {"scoring", "collecting"}
-    assert min(seconds.values()) > 0
 
 
 def test_a_network_without_blocks_is_refused():

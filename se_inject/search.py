@@ -210,7 +210,9 @@ def search(
     job = Job(model, loader, val, replace(recipe, epochs=epochs), world, start.num_classes, fresh=start.fresh)
     with tempfile.TemporaryDirectory() as folder, RunLog(None, "") as log:
         tuned = train(job, Path(folder), log, lambda *_: None).model
-    gains = measure_gains(tuned, Validation(own, val, world, start.num_classes), report)
+    # At the temperature that was trained with: else a network that is surer than it is right is told to be unsure.
+    validation = Validation(own, val, world, start.num_classes, recipe.label_temperature)
+    gains = measure_gains(tuned, validation, report)
     useful = {path: gain for path, gain in gains.items() if gain > 0}
     note = ""
     if not useful:

@@ -35,12 +35,14 @@ class Validation:
         loader: Gives them in batches.
         world: The device, and the processes that share them.
         num_classes: Outputs of the network.
+        temperature: Outputs are divided by it in the loss.
     """
 
     data: Data
     loader: EvalLoader
     world: World
     num_classes: int
+    temperature: float = 1.0
 
     def score(self, model: nn.Module, *, on_batch: Callable[[Tensor], None] = lambda _: None) -> Scores:
         """Classify all images.
@@ -54,8 +56,9 @@ class Validation:
             OptionError: The batch does not fit into memory.
         """
         return evaluate(
-            model, self.loader, self.world, num_classes=self.num_classes, classes=self.data.classes, on_batch=on_batch
-        )
+            model, self.loader, self.world, num_classes=self.num_classes, classes=self.data.classes,
+            temperature=self.temperature, on_batch=on_batch,
+        )  # fmt: skip
 
     def list_unreadable(self) -> list[str]:
         """List the paths of images that could not be read."""

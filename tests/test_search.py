@@ -174,6 +174,22 @@ def test_the_command_writes_a_plan_that_the_others_take(run, weights, data):  # 
     assert "left out by the search" in out
 
 
+@pytest.mark.slow
+def test_the_command_spends_time_too(run, weights, data):  # noqa: F811
+    settings = [word for setting in SETTINGS for word in ("--set", setting)]
+    args = ("--weights", weights, "--data", data, "--input-size", 8, "--r", 4, *settings, "--steps", 5)
+    code, out, err = run("search", NET, *args, "--budget", "1000%", "--of", "latency", "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert values["resource"] == "latency"
+    assert values["limit"] == pytest.approx(10 * values["base"])
+    assert 0 < values["spent"] <= values["limit"]
+    assert all(site["cost"] > 0 for site in values["sites"])
+    code, out, err = run("search", NET, *args, "--budget", "1e-9", "--of", "latency")
+    assert code == 1
+    assert "--budget is 1e-09 ms, and the cheapest block, " in err
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (("inject", NET, "--no-pretrained", "--plan", "none.json"), "none.json cannot be read as a plan: No such file"),
     (("inject", NET, "--no-pretrained", "--plan", "bad.json"), "not a plan of se-inject"),

@@ -241,6 +241,12 @@ def test_a_network_that_was_never_trained_is_refused(data):
         simplify(fresh, make_validation(data), max_drop=-1)
 
 
+def test_an_image_a_class_is_enough_to_run(tmp_path):
+    found = simplify(make_deciding(), make_validation(make_folder(tmp_path / "few", num=1, size=(8, 8))), rounds=1)
+    assert found.before.num_images == 2
+    assert found.after.top1 == 100
+
+
 @pytest.fixture
 def artifact(model, data, tmp_path):
     fit(model, data)
@@ -303,6 +309,8 @@ def test_the_original_comes_back_with_and_without_its_gates(run, artifact, data)
     (("simplify", "tuned.pt", *COMMON, "--data", "nothing"), "there is no folder nothing"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images", "--out", "no/x.pt"), "there is no folder no"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images", "--max-drop", "-1"), "max_drop is -1"),
+    (("simplify", "tuned.pt", *COMMON, "--data", "images/cat"), "images/cat"),
+    (("simplify", NET, "--no-pretrained", *COMMON[1:], "--data", "images"), "Brightness has not been injected"),
     (("eject", "tuned.pt", "--trust-source", "--fold"), "--fold without --data; the mean gates"),
     (("eject", "tuned.pt", "--trust-source", "--data", "images"), "--data without --fold"),
     (("eject", NET, "--no-pretrained"), "Brightness has not been injected; there is nothing to eject"),

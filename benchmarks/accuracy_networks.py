@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
 import se_inject
+from se_inject.budget import Budget
 from se_inject.datasets import Data
 from se_inject.errors import DataError, SourceError
 from se_inject.files import read_state_dict
@@ -29,7 +30,7 @@ from se_inject.heads import replace_head
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model, get_plan
-from se_inject.search import Budget, search
+from se_inject.search import search
 from se_inject.sources import Source, load_weights, open_network
 from se_inject.start import Start
 from se_inject.world import World

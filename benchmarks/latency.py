@@ -25,7 +25,8 @@ import torch
 
 from benchmarks.setting import describe_setting
 from benchmarks.traffic import PAIRS
-from se_inject.speed import Conditions, Measured, measure_network
+from se_inject.speed import Measured, measure_network
+from se_inject.timing import Conditions
 
 _FOLDER = Path(__file__).parent / "results"
 _MIN_ROUNDS = 7

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from se_inject.block import SqueezeExcite as SqueezeExcite
     from se_inject.ejection import eject as eject
     from se_inject.errors import SEInjectError as SEInjectError
-    from se_inject.gates import collect_gates as collect_gates
+    from se_inject.gate_statistics import collect_gates as collect_gates
     from se_inject.groups import freeze_backbone as freeze_backbone
     from se_inject.groups import param_groups as param_groups
     from se_inject.optimization import optimize as optimize
@@ -31,7 +31,7 @@ _HOMES = {
     "Site": "plan",
     "SqueezeExcite": "block",
     "blocks": "rewrite",
-    "collect_gates": "gates",
+    "collect_gates": "gate_statistics",
     "eject": "ejection",
     "freeze_backbone": "groups",
     "inject": "rewrite",

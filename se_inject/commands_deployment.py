@@ -90,7 +90,8 @@ def run_bench(
 ) -> None:
     """Measure what SE costs: bytes, memory and time of the plain, the injected, the optimized network and of peers."""
     from se_inject.sources import open_network
-    from se_inject.speed import Conditions, measure_network
+    from se_inject.speed import measure_network
+    from se_inject.timing import Conditions
     from se_inject.world import choose_device
 
     if plot is not None:

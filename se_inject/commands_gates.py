@@ -50,11 +50,12 @@ def run_search(
     as_json: AsJson = False,
 ) -> None:
     """Find the sites that are worth their blocks, and write a plan that spends a budget on them."""
+    from se_inject.budget import Budget
     from se_inject.datasets import open_data
     from se_inject.files import check_target, write_whole
     from se_inject.reading import seed_all
     from se_inject.recipe import read_recipe
-    from se_inject.search import Budget, search
+    from se_inject.search import search
     from se_inject.start import prepare_start
     from se_inject.world import stay_alone
 

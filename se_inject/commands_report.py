@@ -52,7 +52,7 @@ def run_report(
     from se_inject.report_charts import write_figures
     from se_inject.report_page import make_page
     from se_inject.report_style import import_altair
-    from se_inject.speed import Conditions
+    from se_inject.timing import Conditions
     from se_inject.validation import CACHE, open_validation
     from se_inject.world import stay_alone
 

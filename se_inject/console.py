@@ -284,7 +284,7 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
 
 def print_speed(rows: Sequence[Row]) -> None:
     """Print what SE costs: what was counted, and what was timed; each in relation to the plain network."""
-    from se_inject.speed import get_base
+    from se_inject.timing import get_base
 
     by_name = {row.name: row for row in rows}
     base = {row.name: by_name[get_base(row.name)] for row in rows}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ModelError
-from se_inject.gates import BlockGates, GateTally, Passed, get_own_blocks, swap_blocks, watch_gates
+from se_inject.gate_statistics import BlockGates, GateTally
+from se_inject.gates import Passed, get_own_blocks, swap_blocks, watch_gates
 from se_inject.reading import UNREADABLE
 from se_inject.reduction import Moments
 from se_inject.scores import Scores

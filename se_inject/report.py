@@ -27,7 +27,8 @@ from se_inject.report_images import Farthest, Picture, read_pictures
 from se_inject.report_network import Control, compare_arms, measure_costs
 from se_inject.rewrite import get_plan
 from se_inject.scores import Scores
-from se_inject.speed import Conditions, Measured
+from se_inject.speed import Measured
+from se_inject.timing import Conditions
 from se_inject.validation import Validation
 
 Tell = Callable[[str, int, int], None]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from se_inject.absorption import Folds
 from se_inject.block import SqueezeExcite
-from se_inject.gates import NUM_BINS, BlockGates
+from se_inject.gate_statistics import NUM_BINS, BlockGates
 from se_inject.plan import Site
 from se_inject.scores import Scores
 

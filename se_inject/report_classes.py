@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from se_inject.errors import DataError, OptionError
-from se_inject.gates import BlockGates
+from se_inject.gate_statistics import BlockGates
 from se_inject.plan import Site
 from se_inject.scores import Scores
 

@@ -17,7 +17,8 @@ from se_inject.comparison import CONTROL, SE, Difference, Result, compare
 from se_inject.errors import DataError, SEInjectError
 from se_inject.experiment import RESULT
 from se_inject.rewrite import copy_model
-from se_inject.speed import Conditions, Measured, measure_network
+from se_inject.speed import Measured, measure_network
+from se_inject.timing import Conditions
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from se_inject.report import Report
 from se_inject.report_blocks import MOST_LOST, NEAR_ONE, Z
 from se_inject.report_charts import draw_charts, draw_panel, name_lines
 from se_inject.report_style import import_altair, make_bundle
-from se_inject.speed import Measured, get_base
+from se_inject.speed import Measured
+from se_inject.timing import get_base
 
 _TEMPLATE = "report.html"
 _WHERE = {"plain": "without blocks", "injected": "with blocks"}

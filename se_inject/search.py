@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, IterableDataset, Subset
 
+from se_inject.budget import UNITS, Budget, Resource, spend
 from se_inject.calibration import calibrate
 from se_inject.contents import count_images
 from se_inject.datasets import Data
@@ -34,18 +35,16 @@ from se_inject.recipe import Recipe
 from se_inject.restriction import restrict_blocks
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.runlog import RunLog
-from se_inject.speed import compare_times, time_blocks
 from se_inject.start import Start
 from se_inject.tasks import autocast
+from se_inject.timing import compare_times, time_blocks
 from se_inject.training import Job, train
 from se_inject.twin import set_training
 from se_inject.validation import CACHE, Validation
 from se_inject.world import World
 
-Resource = Literal["parameters", "latency"]
 Report = Callable[[str, int, int], None]
 """Is told what is going on, how much of it is done, and how much there is."""
-_UNITS = {"parameters": "parameters", "latency": "ms"}
 _NUM_BATCHES = 16
 """Batches over which the gradient is taken."""
 _ROOM = 2.0
@@ -53,44 +52,6 @@ _ROOM = 2.0
 _JUDGING = 5
 """Every fifth training image judges; the gates learn from the others."""
 _MOST_JUDGING = 5000
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What all blocks together may cost.
-
-    Attributes:
-        amount: How much.
-        is_share: Whether `amount` is in per cent of the network without blocks, and not in parameters or milliseconds.
-        resource: Of what.
-    """
-
-    amount: float
-    is_share: bool = True
-    resource: Resource = "parameters"
-
-    @classmethod
-    def parse(cls, text: str, resource: str = "parameters") -> Budget:
-        """Read `5%`, or a number of parameters or of milliseconds.
-
-        Raises:
-            OptionError: It is something else.
-
-        Example:
-            >>> Budget.parse("5%"), Budget.parse("0.5", "latency")
-            (Budget(amount=5.0, is_share=True, resource='parameters'), \
-Budget(amount=0.5, is_share=False, resource='latency'))
-        """
-        if resource not in get_args(Resource):
-            raise OptionError(f"--of is {resource!r}; expected {' or '.join(get_args(Resource))}")
-        number = text.strip().removesuffix("%")
-        try:
-            amount = float(number)
-        except ValueError:
-            amount = math.nan
-        if not 0 < amount < math.inf:
-            raise OptionError(f"--budget is {text!r}; expected a share as in 5%, or a number of {_UNITS[resource]}")
-        return cls(amount, number != text.strip(), resource)  # type: ignore[arg-type]  # it was looked up
 
 
 @dataclass(frozen=True)
@@ -195,7 +156,7 @@ def search(
     limit = base * budget.amount / 100 if budget.is_share else budget.amount
     if min(costs.values()) > limit:
         cheapest = min(costs, key=costs.__getitem__)
-        unit = _UNITS[budget.resource]
+        unit = UNITS[budget.resource]
         raise OptionError(
             f"--budget is {limit:,.4g} {unit}, and the cheapest block, {cheapest}, takes {costs[cheapest]:,.4g}"
         )
@@ -278,22 +239,6 @@ def measure_gains(model: nn.Module, validation: Validation, report: Report) -> d
         with fix_gates(model, {path: torch.ones(block.channels)}):
             gains[path] = validation.score(model).loss - whole
     return gains
-
-
-def spend(values: Mapping[str, float], costs: Mapping[str, float], limit: float) -> set[str]:
-    """Spend a budget: what is worth most for its cost comes first, and what no longer fits is left out.
-
-    Example:
-        >>> sorted(spend({"a": 3, "b": 2, "c": 1}, {"a": 4, "b": 1, "c": 1}, 3))
-        ['b', 'c']
-    """
-    chosen: set[str] = set()
-    spent = 0.0
-    for path in sorted(values, key=lambda path: -values[path] / costs[path]):
-        if spent + costs[path] <= limit * (1 + 1e-9):
-            chosen.add(path)
-            spent += costs[path]
-    return chosen
 
 
 def _split(data: Data) -> tuple[Dataset[Any], Dataset[Any]]:

@@ -23,7 +23,7 @@ from se_inject.reduction import rank_units, reduce_block
 from se_inject.restriction import fold_gates, restrict_blocks
 from se_inject.rewrite import blocks, get_plan
 from se_inject.scores import Scores
-from se_inject.speed import compare_times
+from se_inject.timing import compare_times
 from se_inject.validation import Validation
 
 _TOLD = 0.99

@@ -12,7 +12,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from se_inject.files import check_suffix, write_whole
-from se_inject.speed import Row, get_base
+from se_inject.speed import Row
+from se_inject.timing import get_base
 
 SUFFIXES = (".png", ".svg", ".pdf")
 _COUNTED = {"bytes_moved": "bytes, evaluation", "bytes_training": "bytes, training", "bytes_saved": "bytes saved"}

@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from se_inject import blocks, collect_gates, eject, inject, load, optimize, save
 from se_inject.errors import DataError, ModelError
 from se_inject.gate_folding import find_gate_folds
-from se_inject.gates import GateTally, Passed, fix_gates, get_own_blocks
+from se_inject.gate_statistics import GateTally
+from se_inject.gates import Passed, fix_gates, get_own_blocks
 from se_inject.restriction import FOLDED, fold_gates
 from se_inject.rewrite import get_plan
 from tests import nets

@@ -108,7 +108,7 @@ def test_the_code_that_is_shown_is_the_code():
 def test_docstring_examples_run():
     import doctest
 
-    names = "block planner rewrite ejection standard export recipe groups comparison gate_folding restriction search"
+    names = "block planner rewrite ejection standard export recipe groups comparison gate_folding restriction budget"
     for name in names.split():
         module = importlib.import_module(f"se_inject.{name}")
         known = {"torch": torch, "inject": inject, "blocks": blocks}

@@ -15,7 +15,8 @@ from se_inject.comparison import Result
 from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError, ModelError, OptionError
 from se_inject.formats import InputFormat
-from se_inject.gates import Passed, collect_gates
+from se_inject.gate_statistics import collect_gates
+from se_inject.gates import Passed
 from se_inject.loaders import EvalLoader
 from se_inject.report import Wishes, make_report
 from se_inject.report_blocks import Ablation, advise, measure_ablation
@@ -26,7 +27,7 @@ from se_inject.report_network import compare_arms, read_results
 from se_inject.report_page import make_page
 from se_inject.scores import Scores
 from se_inject.sources import Source
-from se_inject.speed import Conditions
+from se_inject.timing import Conditions
 from se_inject.validation import Validation
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits

@@ -14,7 +14,7 @@ from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader
 from se_inject.report import Wishes, make_report
 from se_inject.report_page import make_page
-from se_inject.speed import Conditions
+from se_inject.timing import Conditions
 from se_inject.validation import Validation
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits

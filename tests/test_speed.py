@@ -9,8 +9,9 @@ from torch import nn
 from se_inject import inject, optimize
 from se_inject.console import print_speed
 from se_inject.errors import ExampleError, ModelError, OptionError
-from se_inject.speed import Conditions, compare_speed, get_base, measure_network
+from se_inject.speed import compare_speed, measure_network
 from se_inject.speed_chart import draw_speed
+from se_inject.timing import Conditions, get_base
 from tests import nets
 
 QUICK = Conditions(batch_size=2, rounds=3, compiled=False, training=True)

@@ -9,6 +9,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from se_inject.adapters import disable_adapters as disable_adapters
+    from se_inject.adapters import list_adapters as list_adapters
+    from se_inject.adapters import load_adapter as load_adapter
+    from se_inject.adapters import save_adapter as save_adapter
+    from se_inject.adapters import set_adapter as set_adapter
     from se_inject.artifact import load as load
     from se_inject.artifact import save as save
     from se_inject.block import SqueezeExcite as SqueezeExcite
@@ -32,14 +37,19 @@ _HOMES = {
     "SqueezeExcite": "block",
     "blocks": "rewrite",
     "collect_gates": "gate_statistics",
+    "disable_adapters": "adapters",
     "eject": "ejection",
     "freeze_backbone": "groups",
     "inject": "rewrite",
+    "list_adapters": "adapters",
     "load": "artifact",
+    "load_adapter": "adapters",
     "make_plan": "planner",
     "optimize": "optimization",
     "param_groups": "groups",
     "save": "artifact",
+    "save_adapter": "adapters",
+    "set_adapter": "adapters",
     "standardize": "standard",
 }
 __all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604

@@ -38,6 +38,9 @@ NumClasses = Annotated[
 InChans = Annotated[
     int | None, typer.Option("--in-chans", metavar="N", help="Input channels, where they are not the network's own.")
 ]
+AdapterFile = Annotated[
+    Path | None, typer.Option("--adapter", metavar="FILE", help="An adapter to put onto the network.")
+]
 TrustSource = Annotated[bool, typer.Option("--trust-source", help="Import the factory that a file of ours names.")]
 Ratios = Annotated[
     list[str] | None,
@@ -165,6 +168,7 @@ def open_model(
     pretrained: Pretrained = True,
     num_classes: NumClasses = None,
     in_chans: InChans = None,
+    adapter: AdapterFile = None,
     trust_source: TrustSource = False,
 ) -> Opened:
     """Open the network that is named, with its source."""
@@ -185,6 +189,10 @@ def open_model(
         opened = open_network(model, pretrained=pretrained, weights=weights, num_classes=num_classes, in_chans=in_chans)
         network, source = opened.model, opened.source
     console.talk(f"{source or model}, weights: {source.weights if source else model}")
+    if adapter is not None:
+        from se_inject.adapters import load_adapter
+
+        network = load_adapter(network, adapter, name=adapter.stem, inplace=True)
     return network, source
 
 

@@ -23,7 +23,11 @@ def run_export(
     ] = False,
     to: Annotated[
         str | None,
-        typer.Option("--to", metavar="timm:NAME", help="The weights of timm's own SE network, as in timm:seresnet50."),
+        typer.Option(
+            "--to",
+            metavar="timm:NAME|adapter",
+            help="The weights of timm's own SE network, as in timm:seresnet50; or an adapter: the blocks alone.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -31,7 +35,7 @@ def run_export(
             "--out",
             metavar="FILE",
             help="A program: .pt2 (torch.export) or .onnx; with --optimize or --to also .pt, .pth or .safetensors. "
-            "model.pt2; fast.pt2 with --optimize; NAME.pt with --to.",
+            "model.pt2; fast.pt2 with --optimize; NAME.pt, or adapter.safetensors, with --to.",
         ),
     ] = None,
     input_size: InputSize = None,
@@ -41,7 +45,11 @@ def run_export(
     if to is not None:
         if optimized or input_size is not None:
             found = "--optimize" if optimized else "--input-size"
-            raise OptionError(f"--to writes timm's network, and {found} has no part in it; leave out one of the two")
+            what = "the blocks alone" if to == "adapter" else "timm's network"
+            raise OptionError(f"--to writes {what}, and {found} has no part in it; leave out one of the two")
+        if to == "adapter":
+            _export_adapter(open_model, out or Path("adapter.safetensors"), as_json=as_json)
+            return
         _export_to_timm(open_model, to, out, as_json=as_json)
         return
     from se_inject.deployment import check_deployment, deploy
@@ -116,13 +124,32 @@ def run_bench(
         console.talk(measured.describe())
 
 
+def _export_adapter(open_model: Callable[..., Opened], target: Path, *, as_json: bool) -> None:
+    from se_inject.adapters import save_adapter
+    from se_inject.files import check_target
+    from se_inject.rewrite import get_plan
+
+    check_target(target)
+    network, _ = open_model()
+    save_adapter(network, target)
+    plan = get_plan(network)
+    if as_json:
+        values = {"blocks": len(plan.sites), "parameters": plan.num_parameters, "bytes": target.stat().st_size}
+        console.print_json({"out": str(target), "to": "adapter", **values})
+    else:
+        console.stdout.out(
+            f"{target}: the {len(plan.sites)} blocks of {plan.model}, {plan.num_parameters:,} parameters; give it as "
+            f"--adapter {target} with the network that they were tuned on"
+        )
+
+
 def _export_to_timm(open_model: Callable[..., Opened], to: str, out: Path | None, *, as_json: bool) -> None:
     from se_inject.export import export_to_timm
     from se_inject.files import check_target, write_tensors
 
     library, _, name = to.partition(":")
     if library != "timm" or not name:
-        raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50")
+        raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50, or adapter")
     target = out or Path(f"{name}.pt")
     check_target(target)
     network, _ = open_model(pretrained=False)

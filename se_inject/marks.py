@@ -17,6 +17,7 @@ PLAN = "_se_inject_plan"
 SOURCE = "_se_inject_source"
 REMOVED = "_se_inject_removed"
 OPTIMIZED = "_se_inject_optimized"
+ADAPTERS = "_se_inject_adapters"
 _CARRIED = "_se_inject_carried"
 
 
@@ -52,7 +53,7 @@ def find_mark(module: nn.Module, name: str) -> object:
 
 def erase_marks(module: nn.Module) -> None:
     """Take all marks off a module."""
-    for name in (PLAN, SOURCE, REMOVED, OPTIMIZED):
+    for name in (PLAN, SOURCE, REMOVED, OPTIMIZED, ADAPTERS):
         vars(module).pop(name, None)
     if isinstance(module, fx.GraphModule):
         for called in _iterate_called(module):

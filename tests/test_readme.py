@@ -28,7 +28,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 27
+    assert len(COMMANDS) == 28
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 
@@ -108,8 +108,8 @@ def test_the_code_that_is_shown_is_the_code():
 def test_docstring_examples_run():
     import doctest
 
-    names = "block planner rewrite ejection standard export recipe groups comparison gate_folding restriction budget"
-    for name in names.split():
+    names = "adapters block budget comparison ejection export gate_folding groups planner recipe restriction rewrite"
+    for name in [*names.split(), "standard"]:
         module = importlib.import_module(f"se_inject.{name}")
         known = {"torch": torch, "inject": inject, "blocks": blocks}
         results = doctest.testmod(module, extraglobs=known)

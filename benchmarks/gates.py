@@ -110,7 +110,10 @@ def measure_watching(model: nn.Module, validation: Validation, pairs: int) -> di
 
 def measure_simplify(model: nn.Module, choosing: Validation, testing: Validation, max_drop: float) -> dict[str, Any]:
     """Simplify by one half of the images, and score the result on the other one."""
-    report = lambda what, done, total: print(f"{done}/{total} {what}", file=sys.stderr, flush=True)  # noqa: E731
+
+    def report(what: str, done: int, total: int) -> None:
+        print(f"{done}/{total} {what}", file=sys.stderr, flush=True)
+
     found = simplify(model, choosing, max_drop=max_drop, report=report)
     before, after = testing.score(model), testing.score(found.model)
     assert before.hits is not None

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from se_inject.attention import find_recipe
 from se_inject.block import GAIN, SqueezeExcite
 from se_inject.ejection import eject
 from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError
 from se_inject.files import check_suffix, read_values, write_tensors
 from se_inject.gates import swap_blocks
 from se_inject.marks import ADAPTERS, SOURCE, find_mark, mark_module
-from se_inject.plan import SE, Plan
-from se_inject.rewrite import blocks, copy_model, find_plan, get_plan, inject
+from se_inject.plan import Plan
+from se_inject.rewrite import blocks, find_plan, get_plan, inject
 
 FORMAT = "se-inject adapter"
 FORMAT_VERSION = 1
@@ -102,6 +103,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     target = Path(path)
     check_suffix(target)
     adapter = get_adapter(model)
+    try:
+        find_recipe(adapter.plan.block)
+    except OptionError as error:
+        raise ModelError(
+            f"the blocks were made by {adapter.plan.block}, which no file may name; save the whole network"
+        ) from error
     values = {
         "format": FORMAT, "version": FORMAT_VERSION, "plan": json.loads(adapter.plan.to_json()),
         "gains": dict(adapter.gains), "digest": adapter.digest,
@@ -163,11 +170,13 @@ def load_adapter(
             f"{path} was made for a {adapter.plan.model} with other weights than this {type(model).__name__} has; give "
             f"it the original's weights, or load with strict=False"
         )
-    target = model if inplace else copy_model(model)
+    plain = model if find_plan(model) is None else eject(model)
     try:
-        return _put_on(target, {**known, name: adapter}, name)
+        made = inject(plain, plan=adapter.plan)  # a copy, on which all that can fail happens
+        _check(made, adapter)
     except (PlanError, OptionError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
+    return _put_on(model if inplace else made, {**known, name: adapter}, name, source=find_mark(model, SOURCE))
 
 
 def list_adapters(model: nn.Module) -> dict[str, Adapter]:
@@ -185,7 +194,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     known = list_adapters(model)
     if name not in known:
         raise OptionError(f"there is no adapter {name!r}; the network has {', '.join(map(repr, known)) or 'none'}")
-    _put_on(model, known, name)
+    _put_on(model, known, name, source=find_mark(model, SOURCE))
 
 
 @contextmanager
@@ -204,23 +213,17 @@ class _Bypass(nn.Module):
         return maps[0] if len(maps) == 1 else maps
 
 
-def _put_on(model: nn.Module, adapters: Mapping[str, Adapter], name: str) -> nn.Module:
-    """Give a network the blocks of an adapter; all that can fail happens before it is changed."""
-    adapter, source = adapters[name], find_mark(model, SOURCE)
+def _put_on(model: nn.Module, adapters: Mapping[str, Adapter], name: str, *, source: object) -> nn.Module:
+    """Give a network the blocks of an adapter that is known to fit it."""
+    adapter = adapters[name]
     if find_plan(model) != adapter.plan:
-        plain = model if find_plan(model) is None else eject(model)
-        _check(inject(plain, plan=adapter.plan, block=SE), adapter)  # of a copy
         if find_plan(model) is not None:
             eject(model, inplace=True)
         inject(model, plan=adapter.plan, inplace=True)
-    else:
-        _check(model, adapter)
-    own = blocks(model)
-    with torch.no_grad():
-        for path, block in own.items():
-            block.load_state_dict(_select(adapter, path))
-            if isinstance(block, SqueezeExcite):
-                block.gain = adapter.gains.get(path, GAIN)
+    for path, block in blocks(model).items():
+        block.load_state_dict(_select(adapter, path))
+        if isinstance(block, SqueezeExcite):
+            block.gain = adapter.gains.get(path, GAIN)
     mark_module(model, ADAPTERS, dict(adapters))
     if source is not None:
         mark_module(model, SOURCE, source)

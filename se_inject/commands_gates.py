@@ -159,8 +159,8 @@ def run_eject(
         )
         folds = find_gate_folds(network)
         gates = observe(network, validation).gates
-        plain = eject(network, gates={fold.block: gates[fold.block].mean for fold in folds.folds})
-        folded, kept = len(folds.folds), dict(folds.kept)
+        means = {fold.block: gates[fold.block].mean for fold in folds.folds if fold.block in gates}
+        plain, folded, kept = eject(network, gates=means), len(means), dict(folds.kept)
     for path, reason in kept.items():
         console.talk(f"{path}: its gate is gone and not folded; {reason}")
     write_tensors(out, plain.state_dict(), {})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ModelError
 from se_inject.rewrite import blocks, get_plan
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,13 @@ class Watch:
         """
         taken = {}
         for path, calls in self._calls.items():
-            if len({len(call.gate) for call in calls} - {num_images}) > 0:
-                raise ModelError(
-                    f"{path} has {len(calls[0].gate)} gates for {num_images} images; expected one an image"
-                )
-            hidden = torch.stack([call.hidden for call in calls]).mean(0) if len(calls) > 1 else calls[0].hidden
-            gate = torch.stack([call.gate for call in calls]).mean(0) if len(calls) > 1 else calls[0].gate
+            if wrong := [len(call.gate) for call in calls if len(call.gate) != num_images]:
+                raise ModelError(f"{path} has {wrong[0]} gates for {num_images} images; expected one an image")
+            if len(calls) == 1:
+                taken[path] = calls[0]
+                continue
+            hidden = torch.stack([call.hidden for call in calls]).mean(0)
+            gate = torch.stack([call.gate for call in calls]).mean(0)
             taken[path] = Passed(hidden, gate)
         self._calls.clear()
         return taken

@@ -71,15 +71,20 @@ def observe(
                 on_batch(passed, labels)
 
             scores = validation.score(model, on_batch=note)
-    return Seen(scores, tally.summarise() if present else {}, moments)
+    has_run = any(each.num for each in moments.values())
+    if validation.loader.num_images and not has_run:  # all gates are fixed, or the rest of the blocks did not run
+        return Seen(scores, {}, moments)
+    return Seen(scores, tally.summarise(), moments)
 
 
 def check_trained(model: nn.Module, gates: Mapping[str, BlockGates]) -> None:
     """Refuse a network whose gates are all 1.
 
     Raises:
-        ModelError: They are.
+        ModelError: They are, or none of its blocks ran.
     """
+    if not gates:
+        raise ModelError(f"none of the blocks of {type(model).__name__} ran on these images; there are no gates to see")
     if all(block.is_identity for block in gates.values()):
         raise ModelError(
             f"every gate of {type(model).__name__} is 1 for every image: its {len(gates)} blocks were never trained; "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -92,6 +92,10 @@ class Site:
         """Path of the block, as in `model.get_submodule(path)`."""
         return f"{self.owner}.{self.name}" if self.owner else self.name
 
+    def pass_over(self, reason: str) -> PassedOver:
+        """Give the place no block, for a reason."""
+        return PassedOver(self.owner, self.method, self.kind, self.merge, reason, self.num_merges)
+
     def describe_branches(self) -> str:
         """Name the gated layers, in short where there are many: `branch1 .. branch4 (4 maps)`."""
         if len(self.branches) <= _MANY:
@@ -155,6 +159,12 @@ class Plan:
     def placing(self) -> Placing:
         """How the places at merges were chosen."""
         return Placing(self.placement, self.concat, self.at)
+
+    def leave_out(self, reasons: Mapping[str, str]) -> Plan:
+        """Pass over some sites, by the paths of their blocks, for the reasons that are given."""
+        rest = tuple(site for site in self.sites if site.path not in reasons)
+        gone = tuple(site.pass_over(reasons[site.path]) for site in self.sites if site.path in reasons)
+        return replace(self, sites=rest, passed_over=(*self.passed_over, *gone))
 
     def iterate_entries(self) -> Iterator[tuple[Entry, list[Site]]]:
         """Go through the owners' methods, each with its sites."""

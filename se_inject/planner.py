@@ -20,7 +20,7 @@ from se_inject.errors import EmptyPlanError
 from se_inject.inspection import Inspection
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Placing
-from se_inject.plan import DEFAULT_R, SE, Options, PassedOver, Plan
+from se_inject.plan import DEFAULT_R, SE, Options, Plan
 from se_inject.probe import probe_model
 from se_inject.selection import check_options, filter_sites, read_ratios, set_ratios
 from se_inject.twin import Twin, get_dtype
@@ -143,14 +143,8 @@ def survey_model(model: nn.Module, options: Options, *, example: object = None) 
 
 def _refuse_other_layouts(plan: Plan) -> Plan:
     """Pass over maps that are not (N, C, H, W); only our own block takes others."""
-    fits = {site.path: (site.num_spatial, site.channel_dim) == (2, 1) for site in plan.sites}
-    reason = f"{plan.block} takes maps (N, C, H, W) alone"
-    dropped = [PassedOver(s.owner, s.method, s.kind, s.merge, reason, s.num_merges) for s in plan.sites]
-    return replace(
-        plan,
-        sites=tuple(s for s in plan.sites if fits[s.path]),
-        passed_over=(*plan.passed_over, *(d for d, s in zip(dropped, plan.sites, strict=True) if not fits[s.path])),
-    )
+    others = [site.path for site in plan.sites if (site.num_spatial, site.channel_dim) != (2, 1)]
+    return plan.leave_out(dict.fromkeys(others, f"{plan.block} takes maps (N, C, H, W) alone"))
 
 
 def _explain_empty(plan: Plan) -> str:

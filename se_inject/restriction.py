@@ -6,7 +6,6 @@ Takes an injected network, gives one with another plan for some of its sites, wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from se_inject.block import SqueezeExcite
 from se_inject.ejection import eject
 from se_inject.gate_folding import fold_weights
 from se_inject.marks import SOURCE, find_mark, mark_module
-from se_inject.plan import PassedOver, Plan, Site
+from se_inject.plan import Plan
 from se_inject.rewrite import blocks, copy_model, get_plan, inject
 
 FOLDED = "its gate is folded into the layer beside it"
@@ -40,12 +39,9 @@ def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> nn.Module:
         >>> len(blocks(fold_gates(model, {"layer1.0.se": torch.full((64,), 0.5)})))
         7
     """
-    plan = get_plan(model)
     target = copy_model(model)
     fold_weights(target, gates)
-    rest = tuple(site for site in plan.sites if site.path not in gates)
-    gone = tuple(_pass_over(site) for site in plan.sites if site.path in gates)
-    return restrict_blocks(target, replace(plan, sites=rest, passed_over=(*plan.passed_over, *gone)))
+    return restrict_blocks(target, get_plan(model).leave_out(dict.fromkeys(gates, FOLDED)))
 
 
 def restrict_blocks(model: nn.Module, plan: Plan, smaller: Mapping[str, SqueezeExcite] | None = None) -> nn.Module:
@@ -71,7 +67,3 @@ def restrict_blocks(model: nn.Module, plan: Plan, smaller: Mapping[str, SqueezeE
         if isinstance(block, SqueezeExcite) and isinstance(own, SqueezeExcite):
             block.gain = own.gain
     return model
-
-
-def _pass_over(site: Site) -> PassedOver:
-    return PassedOver(site.owner, site.method, site.kind, site.merge, FOLDED, site.num_merges)

@@ -30,7 +30,7 @@ from se_inject.errors import DataError, ModelError, OptionError
 from se_inject.gates import fix_gates, get_own_blocks, is_fresh
 from se_inject.groups import freeze_backbone
 from se_inject.loaders import EvalLoader, TrainLoader
-from se_inject.plan import PassedOver, Plan, Site
+from se_inject.plan import Plan
 from se_inject.recipe import Recipe
 from se_inject.restriction import restrict_blocks
 from se_inject.rewrite import copy_model, get_plan
@@ -148,27 +148,22 @@ def search(
     own = replace(data, train=learning, val=judging)
     recipe = replace(recipe, train="gates", gates_share=1.0, distill=0.0)
     loader = TrainLoader(own, start.form, recipe, world, num_classes=start.num_classes)
-    compute = partial(autocast, recipe, world)
-    recipe = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
-    gradients = measure_gradients(model, loader, compute, recipe.label_temperature, report)
     images, _ = next(iter(loader.iterate(0, 0)))
     costs, base = _measure_costs(model, plan, budget, images)
     limit = base * budget.amount / 100 if budget.is_share else budget.amount
-    if min(costs.values()) > limit:
-        cheapest = min(costs, key=costs.__getitem__)
-        unit = UNITS[budget.resource]
-        raise OptionError(
-            f"--budget is {limit:,.4g} {unit}, and the cheapest block, {cheapest}, takes {costs[cheapest]:,.4g}"
-        )
+    _check_limit(limit, costs, budget)
+    compute = partial(autocast, recipe, world)
+    recipe = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
+    gradients = measure_gradients(model, loader, compute, recipe.label_temperature, report)
     tried = spend(gradients, costs, _ROOM * limit)
-    model = restrict_blocks(model, replace(plan, sites=tuple(site for site in plan.sites if site.path in tried)))
-    epochs = num_steps / loader.num_steps
+    model = restrict_blocks(model, plan.leave_out({path: "" for path in costs if path not in tried}))
     val = EvalLoader(
         judging, start.form, batch_size=recipe.batch_size, workers=recipe.workers, world=world,
         num_classes=start.num_classes, cache=CACHE,
     )  # fmt: skip
     report(f"tuning the gates of {len(tried)} blocks, {num_steps} steps", 0, 1)
-    job = Job(model, loader, val, replace(recipe, epochs=epochs), world, start.num_classes, fresh=start.fresh)
+    recipe = replace(recipe, epochs=num_steps / loader.num_steps)
+    job = Job(model, loader, val, recipe, world, start.num_classes, fresh=start.fresh)
     with tempfile.TemporaryDirectory() as folder, RunLog(None, "") as log:
         tuned = train(job, Path(folder), log, lambda *_: None).model
     # At the temperature that was trained with: else a network that is surer than it is right is told to be unsure.
@@ -184,7 +179,8 @@ def search(
     chosen = spend(useful or {path: gradients[path] for path in gains}, costs, limit)
     candidates = [Candidate(path, costs[path], gradients[path], gains.get(path), path in chosen) for path in gradients]
     candidates.sort(key=lambda c: (not c.is_chosen, -(-math.inf if c.gain is None else c.gain / c.cost), -c.gradient))
-    return Found(_restrict(plan, candidates, gains), candidates, budget.resource, limit, base, note)
+    reasons = {each.path: _explain(each.gain) for each in candidates if not each.is_chosen}
+    return Found(plan.leave_out(reasons), candidates, budget.resource, limit, base, note)
 
 
 def measure_gradients(
@@ -266,14 +262,19 @@ def _measure_costs(model: nn.Module, plan: Plan, budget: Budget, images: Tensor)
     return time_blocks(model, get_own_blocks(model), images), 1000 * compare_times({"": plain}, images, rounds=20)[""]
 
 
-def _restrict(plan: Plan, candidates: Sequence[Candidate], gains: Mapping[str, float]) -> Plan:
-    chosen = {candidate.path for candidate in candidates if candidate.is_chosen}
-    rest = tuple(_pass_over(site, gains.get(site.path)) for site in plan.sites if site.path not in chosen)
-    sites = tuple(site for site in plan.sites if site.path in chosen)
-    return replace(plan, sites=sites, passed_over=(*plan.passed_over, *rest))
+def _check_limit(limit: float, costs: Mapping[str, float], budget: Budget) -> None:
+    cheapest = min(costs, key=costs.__getitem__)
+    if costs[cheapest] > limit:
+        raise OptionError(
+            f"--budget is {limit:,.4g} {UNITS[budget.resource]}, and the cheapest block, {cheapest}, takes "
+            f"{costs[cheapest]:,.4g}"
+        )
 
 
-def _pass_over(site: Site, gain: float | None) -> PassedOver:
-    how = "its gradient is small for its cost" if gain is None else f"without it the loss rises by {gain:.2g}"
-    reason = f"left out by the search: {how}"
-    return PassedOver(site.owner, site.method, site.kind, site.merge, reason, site.num_merges)
+def _explain(gain: float | None) -> str:
+    """Say why a site is not in the plan."""
+    if gain is None:
+        return "left out by the search: its gradient is small for its cost"
+    if gain <= 0:
+        return "left out by the search: without it the loss does not rise"
+    return f"left out by the search: without it the loss rises by {gain:.2g}, which is little for its cost"

@@ -108,7 +108,7 @@ def filter_sites(sites: list[Site], options: Options) -> tuple[list[Site], list[
         else:
             kept.append(site)
             continue
-        dropped.append(PassedOver(site.owner, site.method, site.kind, site.merge, reason, site.num_merges))
+        dropped.append(site.pass_over(reason))
     return kept, dropped
 
 

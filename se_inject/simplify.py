@@ -139,7 +139,7 @@ def simplify(
     check_trained(model, start.gates)
     lowest = start.scores.top1 - max_drop - 1e-9
     costs = {}
-    for fold in found.folds:
+    for fold in (fold for fold in found.folds if fold.block in start.gates):
         trial = Stage({fold.block: start.gates[fold.block].mean})
         costs[fold.block] = trials.observe(f"{fold.block} with its mean gate", trial).scores.loss
     done, seen, kept, steps = Stage(), start, dict(found.kept), []
@@ -151,8 +151,9 @@ def simplify(
             continue
         done, seen = trial, result
         steps.append(trials.describe(path, "fold", 0, done, seen))
+    own = get_own_blocks(model)
     for path in list(seen.gates):
-        block = get_own_blocks(model)[path]
+        block = own[path]
         ranking = rank_units(block, seen.moments[path])
         num = ranking.count_needed(_TOLD)
         if num >= block.fc1.out_channels:
@@ -166,7 +167,8 @@ def simplify(
     made = done.build(model)
     after = trials.finish(made)
     parameters = sum(p.numel() for p in model.parameters())
-    return Simplified(made, start.scores, after, parameters, steps, {path: kept[path] for path in seen.gates})
+    reasons = {path: kept.get(path, "it does not run on these images") for path in blocks(made)}
+    return Simplified(made, start.scores, after, parameters, steps, reasons)
 
 
 @dataclass(frozen=True)

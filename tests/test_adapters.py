@@ -146,6 +146,26 @@ def test_eject_forgets_the_adapters(network, tmp_path):
     assert sorted(vars(plain)) == sorted(vars(network))
 
 
+def test_blocks_of_a_factory_are_not_written(network, tmp_path):
+    class Scale(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            self.fc = nn.Conv2d(channels, channels, 1)
+
+        def forward(self, x):
+            return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+
+    model = inject(network, block=Scale)
+    with pytest.raises(
+        ModelError, match="the blocks were made by .*Scale, which no file may name"
+    ):
+        save_adapter(model, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+    model = inject(network, block="eca")
+    save_adapter(model, tmp_path / "a.pt")
+    assert list(blocks(load_adapter(network, tmp_path / "a.pt"))) == list(blocks(model))
+
+
 def test_gains_are_kept(network, x, tmp_path):
     model = tune(network)
     for block in blocks(model).values():

@@ -165,11 +165,19 @@ def test_fixed_gates_are_the_same_for_every_image(model):
     gate = torch.linspace(0.5, 1.5, 16)
     seen = []
     inside = blocks(model)["block1.se"]
-    with fix_gates(model, {"block1.se": gate}):
-        model.block1.se.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
+
+    def note(_, args, kwargs, out):
+        seen.append((args[0], kwargs["shortcut"], out))
+
+    with torch.no_grad(), fix_gates(model, {"block1.se": gate}):
+        model.block1.se.register_forward_hook(note, with_kwargs=True)
         model(torch.randn(2, 3, 8, 8))
     assert model.block1.se is inside
-    assert len(seen) == 1
+    [(x, shortcut, out)] = seen
+    assert torch.allclose(out, shortcut + x * gate[:, None, None])
+    with pytest.raises(RuntimeError, match="stop"), fix_gates(model, {"block1.se": gate}):
+        raise RuntimeError("stop")
+    assert model.block1.se is inside
 
 
 # Networks that write their branches and their last layers in different ways; with how many blocks fold.

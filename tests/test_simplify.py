@@ -34,9 +34,11 @@ class Brightness(nn.Module):
         self.stem = nn.Conv2d(3, 16, 1)
         self.block1, self.block2, self.block3 = nets.Residual(16), nets.Residual(16), nets.Residual(16)
         self.fc = nn.Linear(16, num_classes)
+        self.has_last = True
 
     def forward(self, x):
-        return self.fc(self.block3(self.block2(self.block1(self.stem(x)))).mean((2, 3)))
+        x = self.block2(self.block1(self.stem(x)))
+        return self.fc((self.block3(x) if self.has_last else x).mean((2, 3)))
 
 
 @pytest.fixture
@@ -115,6 +117,14 @@ def test_blocks_whose_gates_do_not_matter_go_first(model, data):
     assert done == sorted(done)
     assert told[-1][1] == told[-1][2]
     assert len(blocks(model)) == 3  # the given one is left as it is
+
+
+def test_blocks_that_do_not_run_stay(model, data):
+    fit(model, data)
+    model.has_last = False
+    found = simplify(model, make_validation(data), max_drop=100, rounds=1)
+    assert found.kept == {"block3.se": "it does not run on these images"}
+    assert list(blocks(found.model)) == ["block3.se"]
 
 
 def test_what_the_steps_say_is_what_the_network_does(model, data):

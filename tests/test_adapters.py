@@ -156,9 +156,7 @@ def test_blocks_of_a_factory_are_not_written(network, tmp_path):
             return x * torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
 
     model = inject(network, block=Scale)
-    with pytest.raises(
-        ModelError, match="the blocks were made by .*Scale, which no file may name"
-    ):
+    with pytest.raises(ModelError, match="the blocks were made by .*Scale, which no file may name"):
         save_adapter(model, tmp_path / "a.pt")
     assert not (tmp_path / "a.pt").exists()
     model = inject(network, block="eca")

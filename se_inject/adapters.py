@@ -7,7 +7,6 @@ says whether it is the right one. No code comes from the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,21 +15,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from se_inject.attention import find_recipe
 from se_inject.block import GAIN, SqueezeExcite
+from se_inject.claims import check_weights
 from se_inject.ejection import eject
 from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError
-from se_inject.files import check_suffix, read_values, write_tensors
+from se_inject.files import check_suffix
 from se_inject.gates import swap_blocks
 from se_inject.marks import ADAPTERS, SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
+from se_inject.records import compute_digest, read_record, write_record
 from se_inject.rewrite import blocks, find_plan, get_plan, inject
 
 FORMAT = "se-inject adapter"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -41,34 +40,27 @@ class Adapter:
         plan: Where they stand.
         state: Their tensors, by the names that they have in the network's state dict.
         gains: Of the blocks whose gain is not the usual one.
-        digest: Of the network that they belong to.
+        base: The digest of the network that they belong to.
     """
 
     plan: Plan
     state: Mapping[str, Tensor]
     gains: Mapping[str, float]
-    digest: str
+    base: str
 
 
-def compute_digest(model: nn.Module) -> str:
+def compute_fingerprint(model: nn.Module) -> str:
     """Compute a digest of a network without its blocks: of the names, types, shapes and values of its state dict.
-
-    The order does not matter, nor do devices and memory formats.
 
     Example:
         >>> import torchvision
         >>> model = torchvision.models.resnet18()
-        >>> compute_digest(inject(model)) == compute_digest(model)
+        >>> compute_fingerprint(inject(model)) == compute_fingerprint(model)
         True
     """
     inside = tuple(f"{path}." for path in blocks(model))
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not (inside and name.startswith(inside)):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            flat = tensor.detach().cpu().contiguous().flatten()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    own = {k: v for k, v in model.state_dict().items() if not (inside and k.startswith(inside))}
+    return compute_digest(own)
 
 
 def get_adapter(model: nn.Module) -> Adapter:
@@ -82,7 +74,7 @@ def get_adapter(model: nn.Module) -> Adapter:
     inside = tuple(f"{path}." for path in own)
     state = {k: v.detach().clone() for k, v in model.state_dict().items() if inside and k.startswith(inside)}
     gains = {p: block.gain for p, block in own.items() if isinstance(block, SqueezeExcite) and block.gain != GAIN}
-    return Adapter(plan, state, gains, compute_digest(model))
+    return Adapter(plan, state, gains, compute_fingerprint(model))
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -109,11 +101,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ModelError(
             f"the blocks were made by {adapter.plan.block}, which no file may name; save the whole network"
         ) from error
-    values = {
-        "format": FORMAT, "version": FORMAT_VERSION, "plan": json.loads(adapter.plan.to_json()),
-        "gains": dict(adapter.gains), "digest": adapter.digest,
-    }  # fmt: skip
-    write_tensors(target, adapter.state, values)
+    values = {"plan": json.loads(adapter.plan.to_json()), "gains": dict(adapter.gains), "base": adapter.base}
+    write_record(target, FORMAT, values, adapter.state)
 
 
 def read_adapter(path: str | os.PathLike[str]) -> Adapter:
@@ -123,18 +112,15 @@ def read_adapter(path: str | os.PathLike[str]) -> Adapter:
         ArtifactError: There is no such file, or it is no adapter, or of a newer version.
         PlanError: Its plan is none.
     """
-    values = read_values(Path(path))
-    if values.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no adapter of se-inject; a whole network is read by load")
-    version = values.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(f"{path} has version {version}, this se-inject reads up to {FORMAT_VERSION}: upgrade it")
-    state, gains, digest = (values.get(key) for key in ("state_dict", "gains", "digest"))
-    is_whole = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    needs = frozenset({"plan", "gains", "base"})
+    values, state = read_record(Path(path), FORMAT, "a whole network is read by load", needs=needs)
+    gains, base = values["gains"], values["base"]
     has_gains = isinstance(gains, dict) and all(isinstance(gain, float) for gain in gains.values())
-    if not (is_whole and has_gains and isinstance(digest, str)):
-        raise ArtifactError(f"{path} is no whole adapter: it has {', '.join(map(str, values))}")
-    return Adapter(Plan.from_json(json.dumps(values.get("plan"))), state, gains, digest)  # type: ignore[arg-type]
+    if not (has_gains and isinstance(base, str)):
+        raise ArtifactError(f"{path} is no whole adapter: its gains or its base are none")
+    plan = Plan.from_json(json.dumps(values["plan"]))
+    check_weights(plan.num_parameters, state, Path(path))
+    return Adapter(plan, {k: v.clone() for k, v in state.items()}, gains, base)
 
 
 def load_adapter(
@@ -165,7 +151,7 @@ def load_adapter(
     known = list_adapters(model)
     if find_plan(model) is not None and not known:
         raise ModelError(f"{type(model).__name__} has blocks of its own; load an adapter onto the network without them")
-    if strict and adapter.digest != compute_digest(model):
+    if strict and adapter.base != compute_fingerprint(model):
         raise ArtifactError(
             f"{path} was made for a {adapter.plan.model} with other weights than this {type(model).__name__} has; give "
             f"it the original's weights, or load with strict=False"

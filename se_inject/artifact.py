@@ -17,17 +17,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from se_inject.block import GAIN, SqueezeExcite, is_block
+from se_inject.claims import check_weights
 from se_inject.errors import ArtifactError, ExampleError, ModelError, OptionError, PlanError, SourceError
-from se_inject.files import check_suffix, read_values, write_tensors
+from se_inject.files import check_suffix
 from se_inject.generated import get_base
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
+from se_inject.records import read_record, write_record
 from se_inject.rewrite import blocks, find_plan, get_plan, inject
 from se_inject.sources import Source, build_skeleton
 
 FORMAT = "se-inject"
-FORMAT_VERSION = 1
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | None = None) -> None:
@@ -59,9 +60,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
         num_classes = getattr(model, "num_classes", None)
         classes = source.classes if len(source.classes) == num_classes else ()
         source = replace(source, options={**source.options, "num_classes": num_classes}, classes=classes)
-    values = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
+    values: dict[str, Any] = {
         "source": None if source is None else source.to_values(),
         "plan": json.loads(plan.to_json()),
     }
@@ -75,7 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise ArtifactError(f"the state dict holds {others[0]!r}, which is no tensor; an artifact holds tensors alone")
-    write_tensors(target, state, values)
+    write_record(target, FORMAT, values, state)
 
 
 def load(
@@ -102,16 +101,18 @@ def load(
         >>> model = load("model.pt")
     """
     target = Path(path)
-    values = read_artifact(target)
+    values, state = read_artifact(target)
     source = None if values["source"] is None else Source.from_values(values["source"])
     if base is not None:
         network = base if isinstance(base, nn.Module) else base()
     elif source is not None:
-        network = build_skeleton(source, trust_source=trust_source)
+        num_weights = sum(tensor.numel() for tensor in state.values())
+        network = build_skeleton(source, trust_source=trust_source, num_weights=num_weights)
     else:
         raise SourceError(f"{path} does not say how its network is built; give load(..., base=) the original network")
     try:
         plan = Plan.from_json(json.dumps(values["plan"]))
+        check_weights(plan.num_parameters, state, target)
         model = inject(network, plan=plan, block=block or SE, inplace=base is None)
         if values.get("optimization") is not None:
             model = optimize_again(model, values["optimization"])
@@ -119,29 +120,20 @@ def load(
         raise ArtifactError(f"{path}: {error}; give load(..., block=) the function that makes its blocks") from error
     except (PlanError, ModelError, ExampleError) as error:
         raise ArtifactError(f"{path} is of another network: {error}") from error
-    _load_state(model, values["state_dict"], target)
+    _load_state(model, state, target)
     _set_gains(model, values.get("gains", {}), target)
     mark_module(model, SOURCE, source)
     return model.eval()
 
 
-def read_artifact(path: Path) -> dict[str, Any]:
-    """Read the plain values and tensors of an artifact, and check its format.
+def read_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the plain values and the tensors of an artifact, after its digest was checked.
 
     Raises:
-        ArtifactError: The file is no artifact of ours, or of a newer version.
+        ArtifactError: The file is no artifact of ours, is damaged, or of a newer version.
     """
-    values = read_values(path)
-    if values.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no artifact of se-inject; a state dict is given with --weights, or torch.load")
-    version = values.get("version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
-        )
-    if not {"source", "plan", "state_dict"} <= set(values) or not isinstance(values["state_dict"], dict):
-        raise ArtifactError(f"{path} is no whole artifact: it has {', '.join(map(str, values))}")
-    return values
+    hint = "a state dict is given with --weights, or torch.load"
+    return read_record(path, FORMAT, hint, needs=frozenset({"source", "plan"}))
 
 
 def get_source(model: nn.Module) -> Source | None:
@@ -156,17 +148,23 @@ def _get_wrapped(model: nn.Module) -> object:
 
 def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     own = model.state_dict()
-    wrong = [k for k in own if k not in state or own[k].shape != state[k].shape] + [k for k in state if k not in own]
+    wrong = [k for k in own if k not in state or _differ(own[k], state[k])] + [k for k in state if k not in own]
     if wrong:
         names = ", ".join(wrong[:3])
         raise ArtifactError(
-            f"{path} is of another network: {len(wrong)} tensors differ in name or shape ({names}, ...)"
+            f"{path} is of another network: {len(wrong)} tensors differ in name, shape or type ({names}, ...)"
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if name in state:
             tensor.data = tensor.data.to(state[name].dtype)
     own.update((name, state[name]) for name in own)  # with torch's notes on versions, which some networks read
     model.load_state_dict(own)
+
+
+def _differ(own: Tensor, given: Tensor) -> bool:
+    """Tell whether a tensor cannot take the place of another; networks are saved in any floating type."""
+    is_other = own.dtype != given.dtype and not (own.is_floating_point() and given.is_floating_point())
+    return own.shape != given.shape or is_other
 
 
 def _set_gains(model: nn.Module, gains: object, path: Path) -> None:

@@ -5,6 +5,7 @@ Calls turn into plain values and back, so that a plan can record and replay them
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from se_inject.errors import PlanError, TraceError
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.twin import Twin, get_dtype
 
+_MAX_NUMBERS = 1 << 31
 METHODS = ("forward", "forward_features")
 """Methods that are entered from outside and so are rewritten on their own (timm's networks have both)."""
 
@@ -58,7 +60,13 @@ def encode_call(call: Call, dtype: torch.dtype) -> Any:
 
 
 def decode_call(values: Any, twin: Twin) -> Call:
-    """Turn plain values back into a call with fake tensors."""
+    """Turn plain values back into a call with fake tensors.
+
+    Raises:
+        PlanError: They are not what `encode_call` gives.
+    """
+    if not isinstance(values, dict) or type(values.get("args")) is not list or type(values.get("kwargs")) is not dict:
+        raise PlanError(f"not a plan of se-inject: {values!r:.80} is no call")
     kwargs = {k: _decode(v, twin) for k, v in values["kwargs"].items()}
     return Call(tuple(_decode(x, twin) for x in values["args"]), kwargs)
 
@@ -87,15 +95,25 @@ def _encode(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _decode(value: Any, twin: Twin) -> Any:
-    if not isinstance(value, dict):
+    if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    if "tensor" in value:
-        name = value["dtype"]
-        dtype = get_dtype(twin.model) if name == "model" else getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype):
-            raise PlanError(f"not a plan of se-inject: {name!r} is no type of a tensor")
-        return set_channel_dim(twin.make_tensor(value["tensor"], dtype), value.get("channel_dim"))
-    if "dict" in value:
-        return {k: _decode(v, twin) for k, v in value["dict"].items()}
-    kind, items = next(iter(value.items()))
-    return {"list": list, "tuple": tuple}[kind](_decode(x, twin) for x in items)
+    match value:
+        case {"tensor": list(shape), "dtype": str(name)}:
+            return _decode_tensor(shape, name, value.get("channel_dim"), twin)
+        case {"dict": dict(items)}:
+            return {k: _decode(v, twin) for k, v in items.items()}
+        case {"list": list(items)}:
+            return [_decode(x, twin) for x in items]
+        case {"tuple": list(items)}:
+            return tuple(_decode(x, twin) for x in items)
+    raise PlanError(f"not a plan of se-inject: {value!r:.80} is nothing that a call has")
+
+
+def _decode_tensor(shape: list[Any], name: str, channel_dim: object, twin: Twin) -> Tensor:
+    dtype = get_dtype(twin.model) if name == "model" else vars(torch).get(name)
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError(f"not a plan of se-inject: {name!r:.80} is no type of a tensor")
+    is_shape = all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) <= _MAX_NUMBERS
+    if not is_shape or not (channel_dim is None or (type(channel_dim) is int and -5 <= channel_dim < 5)):
+        raise PlanError(f"not a plan of se-inject: {shape!r:.80} is no shape of a tensor")
+    return set_channel_dim(twin.make_tensor(shape, dtype), channel_dim)

@@ -5,11 +5,14 @@ Takes and gives plain values and tensors. Knows nothing of networks.
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 import pickle
 import re
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from se_inject.claims import check_archive
 from se_inject.errors import ArtifactError
 
 SAFETENSORS = ".safetensors"
@@ -27,10 +31,15 @@ SUFFIXES = (".pt", ".pth", SAFETENSORS)
 STATE_SUFFIXES = (*SUFFIXES, ".th", ".bin", ".ckpt", ".tar")
 """Of other people's state dicts; all but the third are what torch writes."""
 _METADATA_KEY = "se_inject"
+_ZIP = b"PK\x03\x04"
+_STALE = 3600.0
+"""Seconds since its last change after which a part is taken for one whose writer was killed."""
 
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside its target and rename it, so that the old or the new one is there at any time.
+    """Write a file beside its target and rename it, so that the old or the new one is there, whole, at any time.
+
+    What killed writers of the same target left beside it is removed.
 
     Args:
         path: The target.
@@ -51,8 +60,27 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        _sync_folder(path.parent)
+        _remove_stale_parts(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut; not every system lets folders be opened."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _remove_stale_parts(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if time.time() - part.stat().st_mtime > _STALE:
+                part.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -73,7 +101,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], values: Mapping[str
         )
         write_whole(path, lambda file: file.write(data))
     else:
-        write_whole(path, lambda file: torch.save({**values, "state_dict": dict(tensors)}, file))
+        kept = {key: _trim(tensor.detach().cpu()) for key, tensor in tensors.items()}
+        write_whole(path, lambda file: torch.save({**values, "state_dict": kept}, file))
+
+
+def _trim(tensor: Tensor) -> Tensor:
+    """Give a view of a part of a tensor, or of one that is repeated, numbers of its own; else all would be written."""
+    is_whole = tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
 
 
 def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any]:
@@ -93,7 +128,14 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
             with safetensors.safe_open(path, framework="pt") as file:
                 values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
             return {**values, "state_dict": safetensors.torch.load_file(path)}
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as opened:
+            is_archive = opened.read(len(_ZIP)) == _ZIP
+        if is_archive:
+            check_archive(path)
+        # Mapped memory ends where the file does: what a record claims beyond it is never there to be read.
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    except ArtifactError:
+        raise
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {found[1]}" if found else "or it is no file of torch's"

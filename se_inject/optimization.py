@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite, mark_block
 from se_inject.calls import Call, Entry, decode_call, encode_call
 from se_inject.codegen import Method, write_method
-from se_inject.errors import ModelError, PlanError, TraceError
+from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
 from se_inject.folding import Course, fold_norms, follow_norms
@@ -93,10 +93,8 @@ def optimize_again(model: nn.Module, values: object) -> nn.Module:
         ExampleError: The network does not run on what the other one ran on.
     """
     twin = make_twin(model)
-    try:
-        call, kernels = decode_call(values, twin), bool(cast("dict[str, object]", values).get("kernels"))
-    except (AttributeError, KeyError, StopIteration, TypeError, ValueError) as error:
-        raise PlanError(f"not an optimization of se-inject: {error}") from error
+    call = decode_call(values, twin)
+    kernels = bool(cast("dict[str, object]", values).get("kernels"))
     return _optimize(model, twin, [call], kernels=kernels)
 
 

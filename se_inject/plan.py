@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -186,17 +186,16 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            version = int(values.pop("version"))
+            version = values.pop("version")
+            is_newer = type(version) is int and version > PLAN_VERSION
+            if not is_newer:
+                sites = tuple(_read(Site, site) for site in values.pop("sites"))
+                passed = tuple(_read(PassedOver, item) for item in values.pop("passed_over"))
+                plan: Plan = _read(cls, {**values, "sites": sites, "passed_over": passed})
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise PlanError(f"not a plan of se-inject: {error!r}; write one with plan.to_json()") from error
-        if version > PLAN_VERSION:
+            raise PlanError(f"not a plan of se-inject: {error!r:.300}; write one with plan.to_json()") from error
+        if is_newer:
             raise PlanError(f"the plan has version {version}, this se-inject reads up to {PLAN_VERSION}: upgrade it")
-        try:
-            sites = tuple(_read(Site, site) for site in values.pop("sites"))
-            passed = tuple(_read(PassedOver, item) for item in values.pop("passed_over"))
-            plan: Plan = _read(cls, {**values, "sites": sites, "passed_over": passed})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise PlanError(f"not a plan of se-inject: {error!r}; write one with plan.to_json()") from error
         return plan
 
     def __str__(self) -> str:
@@ -220,8 +219,24 @@ class Plan:
 
 
 def _read(cls: type, values: Mapping[str, Any]) -> Any:
-    names = {field.name for field in fields(cls)}
-    unknown = set(values) - names
-    if unknown:
+    hints = get_type_hints(cls)
+    if unknown := set(values) - set(hints):
         raise ValueError(f"{cls.__name__} has no {', '.join(sorted(unknown))}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    read = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+    for key, value in read.items():
+        if not _is_of(value, hints[key]):
+            raise ValueError(f"{cls.__name__}.{key} is {value!r:.80}")
+    return cls(**read)
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Tell whether a value of a file is of the type that a field declares."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is_of(item, get_args(kind)[0]) for item in value)
+    if kind is str:  # some of them become comments in code, and all of them are printed
+        return isinstance(value, str) and value.isprintable()
+    if kind is float:
+        return type(value) in (int, float)
+    return isinstance(value, dict) if get_origin(kind) is Mapping else type(value) is kind

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from se_inject.attention import Recipe, count_block, find_recipe
-from se_inject.calls import METHODS, decode_call
+from se_inject.calls import METHODS, Entry, decode_call
 from se_inject.errors import PlanError, TraceError
 from se_inject.inspection import inspect_border, inspect_entry
 from se_inject.layers import LAYER_SIDES
@@ -19,6 +19,9 @@ from se_inject.places import Place
 from se_inject.plan import Plan, Site
 from se_inject.planner import Survey
 from se_inject.twin import check_model, make_twin
+
+_MAX_DIVISOR = 4096
+"""Hidden channels are at least as many, and so bound what a plan from a file can make us build."""
 
 
 @torch.inference_mode(False)
@@ -38,6 +41,10 @@ def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Modul
     recipe = find_recipe(block or plan.block)
     twin = make_twin(model)
     inspections = {}
+    if Entry("").key not in plan.calls:
+        raise PlanError("the plan does not say what the network is called with; make a new one")
+    if not 1 <= plan.divisor <= _MAX_DIVISOR or len({site.path for site in plan.sites}) < len(plan.sites):
+        raise PlanError(f"the plan has two sites of one name, or a divisor beyond {_MAX_DIVISOR}; make a new one")
     for entry, sites in plan.iterate_entries():
         where = f"the plan does not fit {type(model).__name__} at {entry}"
         if entry.method not in METHODS:

@@ -12,18 +12,23 @@ import inspect
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from se_inject.allowance import Allowance
 from se_inject.downloads import fetch
 from se_inject.errors import SourceError
 from se_inject.files import read_state_dict
 
 Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
+_REMOTE = ("hf-hub:", "local-dir:")
+_RESERVED = ("weights", "weights_backbone", "progress")
+"""What torchvision's builders fetch weights by; timm's are the parameters of `create_model` itself."""
 
 
 @dataclass(frozen=True)
@@ -141,26 +146,47 @@ def resolve_name(name: str) -> tuple[Library, str]:
     raise SourceError(f"{where} {short!r}{hint}")
 
 
-def build_skeleton(source: Source, *, trust_source: bool = False) -> nn.Module:
+def build_skeleton(source: Source, *, trust_source: bool = False, num_weights: int | None = None) -> nn.Module:
     """Build a source's network with random weights, to be loaded from an artifact.
 
     Args:
         source: From an artifact.
-        trust_source: Import and call the factory that the source names; without it, it is refused.
+        trust_source: Import and call the factory that the source names, and fetch from the hub that it names; without
+            it, these are refused.
+        num_weights: How many weights there are to be loaded; a network of many more is refused before it is made.
 
     Raises:
         SourceError: It cannot be built, or is a factory and not trusted.
     """
+    if not trust_source:
+        _check_harmless(source)
+    allowance = nullcontext() if num_weights is None or trust_source else Allowance(num_weights)
+    with allowance:
+        if source.library == "factory":
+            return _call_factory(source.name, dict(source.options))
+        is_remote = source.name.startswith(_REMOTE)
+        library, name = resolve_name(source.name if is_remote else str(source))
+        build = _build_timm if library == "timm" else _build_torchvision
+        return build(name, dict(source.options))
+
+
+def _check_harmless(source: Source) -> None:
+    """Refuse what a file must not make us do: run code, go to the network, or open other files."""
     if source.library == "factory":
-        if not trust_source:
-            raise SourceError(
-                f"the network is built by {source.name}, which is code: give load(..., base=) the network or factory, "
-                f"or trust_source=True (--trust-source) if you know it"
-            )
-        return _call_factory(source.name, dict(source.options))
-    library, name = resolve_name(str(source) if not source.name.startswith(("hf-hub", "local-dir")) else source.name)
-    build = _build_timm if library == "timm" else _build_torchvision
-    return build(name, dict(source.options))
+        raise SourceError(
+            f"the network is built by {source.name!r:.80}, which is code: give load(..., base=) the network or "
+            f"factory, or trust_source=True (--trust-source) if you know it"
+        )
+    if source.name.startswith(_REMOTE):
+        raise SourceError(
+            f"the network is built by what {source.name!r:.80} holds: give load(..., base=) the network, or "
+            f"trust_source=True (--trust-source) if you know it"
+        )
+    import timm
+
+    reserved = {*inspect.signature(timm.create_model).parameters, *_RESERVED} - {"kwargs"}
+    if given := sorted(reserved & set(source.options)):
+        raise SourceError(f"the file gives the builder of its network {', '.join(given)}, which no file may choose")
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor], origin: str, num_classes: int | None = None) -> None:

@@ -22,9 +22,10 @@ from se_inject import (
     save_adapter,
     set_adapter,
 )
-from se_inject.adapters import compute_digest, read_adapter
+from se_inject.adapters import compute_fingerprint, read_adapter
 from se_inject.errors import ArtifactError, ModelError, OptionError
 from tests import nets
+from tests.forgery import forge
 from tests.test_cli import run  # noqa: F401
 
 
@@ -109,17 +110,17 @@ def test_without_adapters_training_is_the_originals_too(network, x):
 
 
 def test_the_digest_is_of_the_network_alone(network):
-    digest = compute_digest(network)
-    assert compute_digest(tune(network)) == digest
-    assert compute_digest(copy.deepcopy(network).to(memory_format=torch.channels_last)) == digest
+    digest = compute_fingerprint(network)
+    assert compute_fingerprint(tune(network)) == digest
+    assert compute_fingerprint(copy.deepcopy(network).to(memory_format=torch.channels_last)) == digest
     other = copy.deepcopy(network)
     with torch.no_grad():
         other.conv1.weight[0, 0, 0, 0] += 1e-3
-    assert compute_digest(other) != digest
-    assert compute_digest(copy.deepcopy(network).half()) != digest
+    assert compute_fingerprint(other) != digest
+    assert compute_fingerprint(copy.deepcopy(network).half()) != digest
     other = copy.deepcopy(network)
     other.bn1.running_mean += 1
-    assert compute_digest(other) != digest
+    assert compute_fingerprint(other) != digest
 
 
 def test_another_base_is_refused_unless_it_is_wanted(network, x, tmp_path):
@@ -173,29 +174,27 @@ def test_gains_are_kept(network, x, tmp_path):
         assert torch.equal(load_adapter(network, tmp_path / "a.pt")(x), model(x))
 
 
-def damage(path, change):
-    values = torch.load(path)
-    change(values)
-    torch.save(values, path)
-
-
 @pytest.mark.parametrize(("change", "match"), [
     (lambda v: v.update(format="se-inject"), "is no adapter of se-inject; a whole network is read by load"),
-    (lambda v: v.update(version=2), "has version 2, this se-inject reads up to 1: upgrade it"),
-    (lambda v: v.update(version="1"), "has version 1, this"),
-    (lambda v: v.pop("digest"), "is no whole adapter"),
+    (lambda v: v.update(version=3), "has format version 3, this se-inject reads up to 2: upgrade it"),
+    (lambda v: v.update(version="1"), "has format version '1', this"),
+    (lambda v: v.pop("base"), "is no whole adapter"),
+    (lambda v: v.update(base=7), "is no whole adapter"),
+    (lambda v: v.pop("digest"), "is damaged, or was changed"),
     (lambda v: v.update(gains={"layer1.0.se": "2"}), "is no whole adapter"),
     (lambda v: v.update(gains={"fc": 2.0}), "its tensors are not those of the 8 blocks of its plan"),
-    (lambda v: v["state_dict"].pop("layer1.0.se.fc1.weight"), "its tensors are not those of the 8 blocks of its plan"),
+    (lambda v: v["state_dict"].pop("layer1.0.se.fc1.weight"), "its blocks would have 90,112 parameters, and it holds"),
+    (lambda v: v["state_dict"].update({"layer1.0.se": v["state_dict"].pop("layer1.0.se.fc1.weight")}),
+     "its tensors are not those of the 8 blocks of its plan"),
     (lambda v: v["state_dict"].update({"fc.weight": torch.zeros(5, 512)}), r"of its plan \(fc.weight\)"),
-    (lambda v: v["state_dict"].update({"layer1.0.se.fc1.bias": torch.zeros(7)}), "layer1.0.se.fc1.bias"),
+    (lambda v: v["state_dict"].update({"layer1.0.se.fc1.bias": torch.zeros(9)}), "layer1.0.se.fc1.bias"),
     (lambda v: v["plan"].update(version=9), "the plan has version 9"),
     (lambda v: v.update(plan=None), "not a plan of se-inject"),
 ])  # fmt: skip
 def test_a_damaged_adapter_changes_nothing(network, tmp_path, change, match):
     path = tmp_path / "a.pt"
     save_adapter(tune(network), path)
-    damage(path, change)
+    forge(path, change)
     target = copy.deepcopy(network)
     with pytest.raises((ArtifactError, ValueError), match=match):
         load_adapter(target, path, inplace=True)

@@ -14,9 +14,9 @@ from torch import nn
 from se_inject import blocks, inject, load, make_plan, save
 from se_inject.artifact import read_artifact
 from se_inject.errors import ArtifactError, ModelError, SourceError
-from se_inject.files import write_tensors
 from se_inject.sources import Source, open_network
 from tests import nets
+from tests.forgery import forge
 
 
 def trained(model):
@@ -140,20 +140,18 @@ def test_what_was_not_injected_is_not_saved(tmp_path):
 def test_the_file_is_read_without_executing_anything(tmp_path):
     save(trained(timm.create_model("resnet18")), tmp_path / "model.pt")
     content = torch.load(tmp_path / "model.pt", weights_only=True)
-    assert set(content) == {"format", "version", "source", "plan", "state_dict"}
+    assert set(content) == {"format", "version", "digest", "source", "plan", "state_dict"}
     assert content["source"]["name"] == "resnet18.a1_in1k"
 
 
 def change(path, **values):
-    content = torch.load(path, weights_only=True)
-    state = content.pop("state_dict")
-    write_tensors(path, state, {**content, **values})
+    forge(path, lambda content: content.update(values))
 
 
 def test_a_newer_format_asks_for_an_upgrade(tmp_path):
     save(trained(timm.create_model("resnet18")), tmp_path / "model.pt")
-    change(tmp_path / "model.pt", version=2)
-    with pytest.raises(ArtifactError, match="format version 2, this se-inject reads up to 1: upgrade"):
+    change(tmp_path / "model.pt", version=3)
+    with pytest.raises(ArtifactError, match="format version 3, this se-inject reads up to 2: upgrade"):
         load(tmp_path / "model.pt")
 
 
@@ -167,7 +165,7 @@ def test_a_file_for_another_architecture_is_an_error(tmp_path):
     save(trained(timm.create_model("resnet18")), tmp_path / "model.pt")
     with pytest.raises(ArtifactError, match="is of another network: the plan does not fit ResNet"):
         load(tmp_path / "model.pt", base=timm.create_model("resnet50"))
-    with pytest.raises(ArtifactError, match="is of another network: 2 tensors differ in name or shape .fc.weight"):
+    with pytest.raises(ArtifactError, match="is of another network: 2 tensors differ in name, .*fc.weight"):
         load(tmp_path / "model.pt", base=timm.create_model("resnet18", num_classes=3))
 
 
@@ -234,7 +232,7 @@ def test_a_killed_save_leaves_the_old_file_whole(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-        state = read_artifact(path)["state_dict"]
+        _, state = read_artifact(path)
         assert list(state) == list(old)
         if torch.equal(state["fc.weight"], old["fc.weight"]):
             assert all(torch.equal(state[key], value) for key, value in old.items())

@@ -10,6 +10,7 @@ from PIL import Image
 
 from se_inject import blocks, load
 from se_inject.cli import main
+from tests.forgery import forge
 from tests.test_sources import unreachable  # noqa: F401
 
 
@@ -225,12 +226,12 @@ def test_bad_files_get_one_line(run, tmp_path):
     assert "is not executed" in failure(run("plan", "code.pt"))
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "state.pt")
     assert "no artifact of se-inject" in failure(run("plan", "state.pt"))
-    content = torch.load(tmp_path / "model.pt", weights_only=True)
-    torch.save({**content, "version": 9}, tmp_path / "newer.pt")
+    forge(tmp_path / "model.pt", lambda content: content.update(version=9), target=tmp_path / "newer.pt")
     assert "has format version 9" in failure(run("plan", "newer.pt"))
-    content["source"]["name"] = "resnet50"
-    torch.save(content, tmp_path / "other.pt")
-    assert "is of another network" in failure(run("plan", "other.pt"))
+    for name, line in (("resnet34", "is of another network"), ("resnet50", "more weights than the 11,789,244 of the")):
+        target = tmp_path / f"{name}.pt"
+        forge(tmp_path / "model.pt", lambda content: content["source"].update(name=name), target=target)  # noqa: B023
+        assert line in failure(run("plan", target.name))
 
 
 def test_wrong_usage_ends_with_two(run):

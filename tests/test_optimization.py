@@ -19,6 +19,7 @@ from se_inject.errors import ArtifactError, ExampleError, ModelError
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.traffic import ByteCounter
 from tests import nets
+from tests.forgery import forge
 
 SIZE = 64
 
@@ -349,8 +350,8 @@ def test_an_artifact_remembers_the_example(tmp_path, x):
         assert torch.equal(again(x), optimized(x))
     values = torch.load(tmp_path / "fast.pt")
     assert values["optimization"]["args"][0]["tensor"] == [2, 3, 32, 32]
-    torch.save({**values, "optimization": "yes"}, tmp_path / "bad.pt")
-    with pytest.raises(ArtifactError, match="not an optimization of se-inject"):
+    forge(tmp_path / "fast.pt", lambda content: content.update(optimization="yes"), target=tmp_path / "bad.pt")
+    with pytest.raises(ArtifactError, match="'yes' is no call"):
         load(tmp_path / "bad.pt", base=nets.wrap(Bottleneck()))
 
 

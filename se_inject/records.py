@@ -1,0 +1,83 @@
+"""Records: our files of tensors and plain values, each of a kind, a format version and a digest of all that it holds.
+
+Takes plain values and tensors, gives a file, and back. The digest finds damage, and changes that were made by hand; it
+is no signature: who can write a file can write its digest too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from se_inject.claims import check_tensors, check_values
+from se_inject.errors import ArtifactError
+from se_inject.files import read_values, write_tensors
+
+FORMAT_VERSION = 2
+"""Of all kinds. 1 had no digest."""
+_OWN = ("format", "version", "digest")
+
+
+def write_record(path: Path, kind: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write plain values and tensors as a file of a kind; the same ones give the same bytes.
+
+    Raises:
+        ArtifactError: The file cannot be written, or its suffix names no format.
+    """
+    plain = json.loads(json.dumps(values))
+    digest = compute_digest(tensors, {"format": kind, "version": FORMAT_VERSION, **plain})
+    write_tensors(path, tensors, {"format": kind, "version": FORMAT_VERSION, "digest": digest, **plain})
+
+
+def read_record(path: Path, kind: str, hint: str, *, needs: frozenset[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file of a kind: its plain values and its tensors; nothing in it is executed.
+
+    Args:
+        path: `.pt`, `.pth` or `.safetensors`.
+        kind: What it must be.
+        hint: What to do with a file of another kind.
+        needs: The values that it must have.
+
+    Raises:
+        ArtifactError: There is no such file, or it is damaged, of another kind, of a newer version, or claims more than
+            it holds.
+    """
+    content = read_values(path)
+    if content.get("format") != kind:
+        raise ArtifactError(f"{path} is no {_name(kind)} of se-inject; {hint}")
+    version = content.get("version")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {version!r:.20}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    if not needs | {"state_dict"} <= set(content):
+        raise ArtifactError(f"{path} is no whole {_name(kind)}: it has {', '.join(map(str, content))[:200]}")
+    tensors = check_tensors(content.pop("state_dict"), path)
+    values = check_values(content, path)
+    digest = values.pop("digest", None)
+    if version > 1 and digest != compute_digest(tensors, values):
+        raise ArtifactError(f"{path} is damaged, or was changed: its digest is not that of what it holds")
+    return {key: value for key, value in values.items() if key not in _OWN}, tensors
+
+
+def compute_digest(tensors: Mapping[str, Tensor], values: object = None) -> str:
+    """Compute the SHA-256 of plain values, and of the names, types, shapes and numbers of tensors.
+
+    The order of the names does not matter, nor do devices and memory formats.
+    """
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\n{json.dumps(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _name(kind: str) -> str:
+    return kind.removeprefix("se-inject").strip() or "artifact"

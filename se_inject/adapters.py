@@ -161,7 +161,7 @@ def load_adapter(
         made = inject(plain, plan=adapter.plan)  # a copy, on which all that can fail happens
         _check(made, adapter)
     except (PlanError, OptionError) as error:
-        raise ArtifactError(f"{path} is of another network: {error}") from error
+        raise ArtifactError(f"{path} is of another network: {error!s:.400}") from error
     return _put_on(model if inplace else made, {**known, name: adapter}, name, source=find_mark(model, SOURCE))
 
 

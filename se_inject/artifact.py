@@ -117,9 +117,11 @@ def load(
         if values.get("optimization") is not None:
             model = optimize_again(model, values["optimization"])
     except OptionError as error:
-        raise ArtifactError(f"{path}: {error}; give load(..., block=) the function that makes its blocks") from error
+        raise ArtifactError(
+            f"{path}: {error!s:.300}; give load(..., block=) the function that makes its blocks"
+        ) from error
     except (PlanError, ModelError, ExampleError) as error:
-        raise ArtifactError(f"{path} is of another network: {error}") from error
+        raise ArtifactError(f"{path} is of another network: {error!s:.400}") from error
     _load_state(model, state, target)
     _set_gains(model, values.get("gains", {}), target)
     mark_module(model, SOURCE, source)

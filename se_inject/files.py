@@ -124,16 +124,7 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
     if not path.is_file():
         raise ArtifactError(f"there is no file {path}")
     try:
-        if path.suffix == SAFETENSORS:
-            with safetensors.safe_open(path, framework="pt") as file:
-                values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            return {**values, "state_dict": safetensors.torch.load_file(path)}
-        with path.open("rb") as opened:
-            is_archive = opened.read(len(_ZIP)) == _ZIP
-        if is_archive:
-            check_archive(path)
-        # Mapped memory ends where the file does: what a record claims beyond it is never there to be read.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+        content = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
     except ArtifactError:
         raise
     except pickle.UnpicklingError as error:
@@ -154,6 +145,21 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content
+
+
+def _read_safetensors(path: Path) -> object:
+    with safetensors.safe_open(path, framework="pt") as file:
+        values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+    return {**values, "state_dict": safetensors.torch.load_file(path)} if isinstance(values, dict) else values
+
+
+def _read_torch(path: Path) -> object:
+    with path.open("rb") as opened:
+        is_archive = opened.read(len(_ZIP)) == _ZIP
+    if is_archive:
+        check_archive(path)
+    # Mapped memory ends where the file does: what a record claims beyond it is never there to be read.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from se_inject.calls import Entry
-from se_inject.errors import ExampleError, OptionError
+from se_inject.errors import ExampleError, OptionError, SourceError
 from se_inject.formats import convert_image
 from se_inject.plan import Plan
 from se_inject.sources import Source
@@ -41,7 +41,18 @@ class Prediction:
 
 
 def make_transform(source: Source | None, plan: Plan | None = None) -> Callable[[Image.Image], Tensor]:
-    """Make the transform from a PIL image to an input (C, H, W): the source's own, or ImageNet's at the plan's size."""
+    """Make the transform from a PIL image to an input (C, H, W): the source's own, or ImageNet's at the plan's size.
+
+    Raises:
+        SourceError: What the source says of its images is not what its library takes.
+    """
+    try:
+        return _make_transform(source, plan)
+    except (TypeError, ValueError, KeyError, LookupError, AssertionError) as error:
+        raise SourceError(f"the file's preprocessing is none of its library's: {error!r:.200}") from error
+
+
+def _make_transform(source: Source | None, plan: Plan | None) -> Callable[[Image.Image], Tensor]:
     preprocess = dict(source.preprocess) if source is not None else {}
     library = preprocess.pop("library", None)
     if library == "torchvision":

@@ -186,8 +186,7 @@ class Plan:
         """
         try:
             values = json.loads(text)
-            version = values.pop("version")
-            is_newer = type(version) is int and version > PLAN_VERSION
+            is_newer = _check_version(version := values.pop("version"))
             if not is_newer:
                 sites = tuple(_read(Site, site) for site in values.pop("sites"))
                 passed = tuple(_read(PassedOver, item) for item in values.pop("passed_over"))
@@ -216,6 +215,13 @@ class Plan:
         for item in self.passed_over:
             counts[item.kind, item.reason] += item.num_merges
         return counts
+
+
+def _check_version(version: object) -> bool:
+    """Tell whether a version is newer than ours."""
+    if type(version) is not int or version < 1:
+        raise ValueError(f"version is {version!r:.80}")
+    return version > PLAN_VERSION
 
 
 def _read(cls: type, values: Mapping[str, Any]) -> Any:

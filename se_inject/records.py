@@ -53,8 +53,9 @@ def read_record(path: Path, kind: str, hint: str, *, needs: frozenset[str]) -> t
         raise ArtifactError(f"{path} is no {_name(kind)} of se-inject; {hint}")
     version = content.get("version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        shown = version if type(version) is int and 0 <= version < 1_000_000 else f"of type {type(version).__name__}"
         raise ArtifactError(
-            f"{path} has format version {version!r:.20}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
+            f"{path} has format version {shown}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
         )
     if not needs | {"state_dict"} <= set(content):
         raise ArtifactError(f"{path} is no whole {_name(kind)}: it has {', '.join(map(str, content))[:200]}")

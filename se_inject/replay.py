@@ -5,6 +5,7 @@ Takes a network and its plan, gives the `Survey` that the plan was made from, or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,6 @@ def _compare(site: Site, places: list[Place], plan: Plan, recipe: Recipe | None)
     is_expected = place.kind == "input" if site.is_border and site.kind not in LAYER_SIDES else place.kind in expected
     if not is_expected or place.channels != site.channels:
         return f"it says {site.kind} of {site.channels} channels, found {place.kind} of {place.channels}"
-    if not site.r >= 1 or site != count_block(site, plan, recipe):
+    if not 1 <= site.r < math.inf or site != count_block(site, plan, recipe):
         return f"{site.hidden} hidden channels are not what r={site.r:g} gives"
     return place.reason

@@ -26,6 +26,8 @@ from se_inject.files import read_state_dict
 
 Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
+_MAX_NAME = 500
+_MAX_SIZE = 1 << 14
 _REMOTE = ("hf-hub:", "local-dir:")
 _RESERVED = ("weights", "weights_backbone", "progress")
 """What torchvision's builders fetch weights by; timm's are the parameters of `create_model` itself."""
@@ -68,9 +70,25 @@ class Source:
         expected = {"library": str, "name": str, "options": dict, "weights": str, "preprocess": dict, "classes": list}
         given = {"classes": [], **values} if isinstance(values, dict) else {}
         is_known = given.keys() == expected.keys() and all(isinstance(given[k], kind) for k, kind in expected.items())
-        if not is_known or given["library"] not in get_args(Library):
+        if not is_known or given["library"] not in get_args(Library) or len(given["name"]) > _MAX_NAME:
             raise SourceError("the file does not say how its network is built")
-        return cls(**{**given, "classes": tuple(map(str, given["classes"]))})
+        if not all(map(_is_setting, given["preprocess"].values())):
+            raise SourceError("the file does not say how images become inputs of its network")
+        shown = {key: _make_printable(given[key]) for key in ("name", "weights")}
+        return cls(**{**given, **shown, "classes": tuple(map(_make_printable, given["classes"]))})
+
+
+def _is_setting(value: object) -> bool:
+    """Tell whether a value can say how an image becomes an input: a word, or numbers that no image is too large for."""
+    if isinstance(value, list):
+        return len(value) <= len("NCDHW") and all(type(x) in (int, float) and abs(x) <= _MAX_SIZE for x in value)
+    return (
+        value is None or isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and abs(value) <= _MAX_SIZE)
+    )
+
+
+def _make_printable(text: object) -> str:
+    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def test_gains_are_kept(network, x, tmp_path):
 @pytest.mark.parametrize(("change", "match"), [
     (lambda v: v.update(format="se-inject"), "is no adapter of se-inject; a whole network is read by load"),
     (lambda v: v.update(version=3), "has format version 3, this se-inject reads up to 2: upgrade it"),
-    (lambda v: v.update(version="1"), "has format version '1', this"),
+    (lambda v: v.update(version="1"), "has format version of type str, this"),
     (lambda v: v.pop("base"), "is no whole adapter"),
     (lambda v: v.update(base=7), "is no whole adapter"),
     (lambda v: v.pop("digest"), "is damaged, or was changed"),

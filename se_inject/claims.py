@@ -100,7 +100,7 @@ def check_tensors(tensors: object, path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: dict[tuple[object, ...], int] = {}
     for name, value in dict.items(tensors):
-        if type(name) is not str or type(value) not in (Tensor, nn.Parameter):
+        if type(name) is not str or not name.isprintable() or type(value) not in (Tensor, nn.Parameter):
             raise _refuse(path, f"it holds a {type(value).__name__} by {name!r:.80} among its tensors")
         tensor = Tensor.detach(value)
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:

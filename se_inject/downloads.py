@@ -29,15 +29,32 @@ def fetch(create: Callable[[], Any], name: str) -> Any:
     """
     try:
         with _offline_if_unreachable():
-            return create()
+            return build(create, name)
     except OSError as error:  # what the hub and urllib raise without a network
         raise SourceError(
             f"the weights of {name} could not be fetched ({_get_sentence(error)}); {NO_NETWORK}"
         ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+
+
+def build(create: Callable[[], Any], name: str) -> Any:
+    """Make a network that needs nothing from the hub.
+
+    Args:
+        create: Makes it.
+        name: The network's, for people.
+
+    Raises:
+        SourceError: It cannot be built.
+        OSError: As `create` raises it.
+    """
+    try:
+        return create()
+    except OSError:
+        raise
+    except Exception as error:  # builders raise what they like, of options that they do not check
         sentence = _get_sentence(error)
         hint = f"; {NO_NETWORK}" if "pretrained" in sentence else ""
-        raise SourceError(f"{name} cannot be built: {sentence}{hint}") from error
+        raise SourceError(f"{name:.200} cannot be built: {sentence:.300}{hint}") from error
 
 
 def _get_sentence(error: BaseException) -> str:

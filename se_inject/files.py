@@ -13,7 +13,6 @@ import pickle
 import re
 import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -23,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from se_inject.claims import check_archive
+from se_inject.claims import check_archive, check_tensors
 from se_inject.errors import ArtifactError
 
 SAFETENSORS = ".safetensors"
@@ -131,17 +130,10 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"it names {found[1]}" if found else "or it is no file of torch's"
         raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {what}") from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        OSError,
-        zipfile.BadZipFile,
-        safetensors.SafetensorError,
-    ) as error:
+    except Exception as error:  # torch's reader raises whatever its next line stumbles on
         line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {line}") from error
+        reason = ascii(line)[1:-1] if not line.isprintable() else line
+        raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {reason:.300}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content
@@ -177,10 +169,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ArtifactError(
             f"{path} holds no state dict: neither itself nor its 'state_dict' or 'model' maps names to tensors"
         )
+    tensors = check_tensors(values, path)
     for prefix in ("_orig_mod.", "module."):
-        if all(key.startswith(prefix) for key in values):
-            values = {key.removeprefix(prefix): value for key, value in values.items()}
-    return dict(values)
+        if all(key.startswith(prefix) for key in tensors):
+            tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def check_target(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:

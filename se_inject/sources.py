@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 
 from se_inject.allowance import Allowance
-from se_inject.downloads import fetch
+from se_inject.downloads import build, fetch
 from se_inject.errors import SourceError
 from se_inject.files import read_state_dict
 
@@ -184,8 +184,8 @@ def build_skeleton(source: Source, *, trust_source: bool = False, num_weights: i
             return _call_factory(source.name, dict(source.options))
         is_remote = source.name.startswith(_REMOTE)
         library, name = resolve_name(source.name if is_remote else str(source))
-        build = _build_timm if library == "timm" else _build_torchvision
-        return build(name, dict(source.options))
+        make = _build_timm if library == "timm" else _build_torchvision
+        return make(name, dict(source.options))
 
 
 def _check_harmless(source: Source) -> None:
@@ -254,7 +254,8 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> Network:
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    model: nn.Module = fetch(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
+    make = fetch if name.startswith(_REMOTE) else build
+    model: nn.Module = make(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
     return model
 
 
@@ -293,7 +294,7 @@ def _build_torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         options = {"weights_backbone": None, **options}
     if name in ("googlenet", "inception_v3"):
         options = {"init_weights": False, **options}  # their own initialisation takes a minute, and warns
-    model: nn.Module = fetch(lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}")
+    model: nn.Module = build(lambda: torchvision.models.get_model(name, weights=None, **options), f"torchvision:{name}")
     return model
 
 

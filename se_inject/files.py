@@ -6,7 +6,9 @@ Takes and gives plain values and tensors. Knows nothing of networks.
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
+import io
 import json
 import os
 import pickle
@@ -38,31 +40,54 @@ _STALE = 3600.0
 def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file beside its target and rename it, so that the old or the new one is there, whole, at any time.
 
-    What killed writers of the same target left beside it is removed.
+    Where the target is a link, what it points to is replaced. What killed writers of the same target left beside it is
+    removed.
 
     Args:
         path: The target.
         write: Is given the open file.
 
     Raises:
-        ArtifactError: The file cannot be written (no folder, no right, no space).
+        ArtifactError: The file cannot be written (no folder, no right, no space), or is there and read-only.
     """
+    target = Path(os.path.realpath(path))
+    failures: list[OSError] = []
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EROFS, "it is read-only")
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
+            with _Writer(io.FileIO(handle, "w"), failures) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o666 & ~_get_umask())
-            Path(name).replace(path)
+            Path(name).replace(target)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
-        _remove_stale_parts(path)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else next(iter(failures), None)
+        if cause is None:
+            raise
+        raise ArtifactError(f"{path} cannot be written: {cause.strerror or cause}") from error
+    _sync_folder(target.parent)
+    _remove_stale_parts(target)
+
+
+class _Writer(io.BufferedWriter):
+    """A file that remembers why a write failed: torch, which it then fails in, says something else."""
+
+    def __init__(self, raw: io.FileIO, failures: list[OSError]) -> None:
+        super().__init__(raw)
+        self._failures = failures
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self._failures.append(error)
+            raise
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,6 +22,7 @@ _MAX_PICKLE = 64 << 20
 _MAX_VALUES = 1_000_000
 _MAX_TEXT = 32 << 20
 _MAX_DEPTH = 64
+_MAX_NAME = 500
 _NUM_VIEWS = 4
 """How often the tensors may show each byte of the file: tied weights and views do it a few times."""
 
@@ -100,7 +101,12 @@ def check_tensors(tensors: object, path: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: dict[tuple[object, ...], int] = {}
     for name, value in dict.items(tensors):
-        if type(name) is not str or not name.isprintable() or type(value) not in (Tensor, nn.Parameter):
+        if (
+            type(name) is not str
+            or not name.isprintable()
+            or len(name) > _MAX_NAME
+            or type(value) not in (Tensor, nn.Parameter)
+        ):
             raise _refuse(path, f"it holds a {type(value).__name__} by {name!r:.80} among its tensors")
         tensor = Tensor.detach(value)
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:

@@ -39,12 +39,15 @@ def run_export(
         ),
     ] = None,
     input_size: InputSize = None,
+    dynamic_size: Annotated[
+        bool, typer.Option("--dynamic-size", help="Leave the images' height and width open, beside their number.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a network as a program that runs without its code, or as timm's own SE network, after comparing the two."""
     if to is not None:
-        if optimized or input_size is not None:
-            found = "--optimize" if optimized else "--input-size"
+        given = {"--optimize": optimized, "--input-size": input_size is not None, "--dynamic-size": dynamic_size}
+        if found := next((option for option, is_given in given.items() if is_given), None):
             what = "the blocks alone" if to == "adapter" else "timm's network"
             raise OptionError(f"--to writes {what}, and {found} has no part in it; leave out one of the two")
         if to == "adapter":
@@ -62,7 +65,9 @@ def run_export(
             f"{target} would hold the same network again; give --optimize, --to timm:NAME, or a program (.pt2, .onnx)"
         )
     network, source = open_model()
-    deployment = deploy(network, target, optimized=optimized, input_size=input_size, source=source)
+    deployment = deploy(
+        network, target, optimized=optimized, input_size=input_size, dynamic_size=dynamic_size, source=source
+    )
     for note in deployment.notes:
         console.talk(note)
     if as_json:

@@ -9,18 +9,18 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from se_inject.artifact import save
 from se_inject.calls import Call, Entry, decode_call
-from se_inject.errors import ExportError, ModelError, OptionError
-from se_inject.examples import describe_shapes, fake_example, find_running, propose_examples
+from se_inject.errors import ExportError, ModelError
+from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.files import SUFFIXES, check_target, write_whole
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.optimization import find_optimization, optimize
@@ -28,6 +28,7 @@ from se_inject.programs import (
     INSTALL,
     ONNX,
     TORCH,
+    Freedom,
     Program,
     check_packages,
     check_size,
@@ -37,12 +38,10 @@ from se_inject.programs import (
 )
 from se_inject.rewrite import copy_model, find_plan
 from se_inject.sources import Source
-from se_inject.twin import get_device, get_dtype, make_twin
+from se_inject.trials import compare_outputs, draw_call, draw_smaller, draw_trials, run_call
+from se_inject.twin import make_twin
 
 Format = Literal["torch.export", "onnx", "artifact"]
-
-TOLERANCE = 1e-4
-"""How far outputs may lie apart, relative to the largest: runtimes add in other orders. Types of 16 bits get more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class Deployment:
 
     Attributes:
         format: The kind of file.
-        inputs: The shapes of its inputs, with "N" for a batch of any size; none for an artifact, which takes any shape.
+        inputs: The shapes of its inputs, with "N" for a batch of any size, "H" and "W" for images of any size that
+            the network takes; none for an artifact, which takes any shape.
         difference: The largest difference of its outputs to the network's, relative to the largest output; None if it
             was not run.
         num_parameters: How many parameters it has.
@@ -69,6 +69,12 @@ class Deployment:
         """Whether it takes any number of images at once, or as many as `inputs` says."""
         return "dynamic" if all("N" in shape for shape in self.inputs) else "fixed"
 
+    @property
+    def size(self) -> Literal["dynamic", "fixed"]:
+        """Whether it takes images of several sizes."""
+        is_open = any(isinstance(size, str) for shape in self.inputs for size in shape[1:])
+        return "dynamic" if is_open or not self.inputs else "fixed"
+
     def __str__(self) -> str:
         shapes = ", ".join(f"({', '.join(map(str, shape))})" for shape in self.inputs)
         text = f"{self.num_parameters:,} parameters" + (f", input {shapes}" if shapes else "")
@@ -81,6 +87,7 @@ class Deployment:
         return {
             "format": self.format,
             "batch": self.batch,
+            "size": self.size,
             "inputs": [list(shape) for shape in self.inputs],
             "difference": self.difference,
             "parameters": self.num_parameters,
@@ -96,13 +103,14 @@ def deploy(
     *,
     optimized: bool = False,
     input_size: int | None = None,
+    dynamic_size: bool = False,
     example: object = None,
     source: Source | None = None,
 ) -> Deployment:
     """Write a network as a file for evaluation.
 
     The number of images is left open where the program then gives what the network gives, for one image and for three;
-    otherwise it is fixed, and a note says why. All other sizes are those of the example.
+    otherwise it is fixed, and a note says why. All other sizes are those of the example, unless they are to be open.
 
     Args:
         model: From `inject`, `load` or `optimize`, or any other network. It is not changed.
@@ -110,6 +118,8 @@ def deploy(
             network (`.pt`, `.pth`, `.safetensors`).
         optimized: Run it through `optimize` first; what is written is compared with the network as it was.
         input_size: Height and width of the images, where they are not those of the example.
+        dynamic_size: Leave the height and the width of the images open too, for all that the network takes. The program
+            is tried on larger and smaller ones; where they cannot be open, a note says why.
         example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; if None, that of the
             injection, or else one is found.
         source: How the network is built, for an artifact; see `save`.
@@ -139,13 +149,14 @@ def deploy(
     is_given = (example is not None or input_size is not None) and not (call.args and call.kwargs)
     network = optimize(model, (call.args or call.kwargs) if is_given else example) if optimized else reference
     if target.suffix in SUFFIXES:
-        difference = _compare(network, reference, [call])
+        difference = compare_outputs(network, reference, [call])
         save(network, target, source=source)
         return Deployment("artifact", (), difference, _count_parameters(network))
     for block in network.modules():
         if isinstance(block, FusedSqueezeExcite):
             block.kernels = False  # operators of ours, which nobody has where the program runs
-    program, deployment = _make_program(network, reference, call, target, _count_images(example))
+    draw = functools.partial(draw_trials, call, reference, num_images=_count_images(example))
+    program, deployment = _make_program(network, reference, target, draw, dynamic_size=dynamic_size)
     write_whole(target, lambda file: file.write(program.data))
     return deployment
 
@@ -172,101 +183,66 @@ def _find_call(model: nn.Module, example: object, input_size: int | None) -> Cal
         calls = [fake_example(twin, example)]
     else:
         calls = propose_examples(twin) if values is None else [decode_call(values, twin)]
-    drawn = (_draw(call, model, input_size=input_size) for call in calls)
-    run = functools.partial(_run, model)
+    drawn = (draw_call(call, model, input_size=input_size) for call in calls)
+    run = functools.partial(run_call, model)
     return find_running(model, drawn, run, hint="give the size that it is used on (--input-size, example=)")[0]
 
 
-def _draw(call: Call, model: nn.Module, *, batch: int | None = None, input_size: int | None = None) -> Call:
-    """Draw the tensors of a call from the standard normal distribution, the same ones each time; integers are zero."""
-    if input_size is not None and (input_size < 1 or all(x.ndim != 4 for x in list_tensors(call))):
-        raise OptionError(f"the input size is {input_size}; it goes with images (N, C, H, W) and must be at least 1")
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(x: object) -> object:
-        if not isinstance(x, Tensor):
-            return x
-        shape = list(x.shape)
-        if batch is not None:
-            shape[0] = batch
-        if input_size is not None and x.ndim == 4:
-            shape[2:] = [input_size, input_size]
-        drawn = torch.randn(shape, generator=generator) if x.is_floating_point() else torch.zeros(shape)
-        return drawn.to(get_device(model), x.dtype)
-
-    return Call(*tree_map(draw, (call.args, call.kwargs)))
-
-
 def _make_program(
-    network: nn.Module, reference: nn.Module, call: Call, target: Path, num_images: int
+    network: nn.Module, reference: nn.Module, target: Path, draw: Callable[[Freedom], list[Call]], *, dynamic_size: bool
 ) -> tuple[Program, Deployment]:
-    """Make a program for any number of images, or else for so many, that does what the reference does."""
-    reasons: list[str] = []
-    for num in (None, num_images):
+    """Make the most open program that does what the reference does."""
+    reasons: dict[Freedom, str] = {}
+    for freedom in [
+        Freedom(batch, size) for size in ((True, False) if dynamic_size else (False,)) for batch in (True, False)
+    ]:
         try:
-            given, *trials = _draw_batches(call, reference, num)
-            program = make_program(network, given, target.suffix, is_dynamic=num is None)
-            difference = _compare(program.run, reference, trials)
+            given, *trials = draw(freedom)
+            program = make_program(network, given, target.suffix, freedom)
+            difference = compare_outputs(program.run, reference, trials)
+            refusal = _try_smaller(program, reference, trials[-1]) if freedom.size else ""
         except Exception as error:  # noqa: BLE001  torch raises anything where it cannot follow a network
-            reasons.append(explain_failure(error))
+            reasons[freedom] = explain_failure(error)
             continue
-        notes = [f"the batch is fixed, for it cannot be left open: {reason}" for reason in reasons]
+        notes = _explain(reasons, freedom)
+        if refusal:
+            notes.append(f"much smaller images than those of the injection are refused: {refusal}")
         if not program.is_read:
             notes.append(f"{target} was not run, for onnxruntime is not installed; {INSTALL}")
-        shapes = [tuple(x.shape) for x in list_tensors(given)]
         return program, Deployment(
             format="torch.export" if target.suffix == TORCH else "onnx",
-            inputs=tuple(("N", *shape[1:]) if num is None else shape for shape in shapes),
+            inputs=tuple(_describe(x, freedom) for x in list_tensors(given)),
             difference=difference if program.is_read else None,
             num_parameters=_count_parameters(network),
             notes=tuple(notes),
         )
-    raise ExportError(f"{type(reference).__name__} cannot be written as {target.suffix}: {reasons[-1]}")
+    raise ExportError(f"{type(reference).__name__} cannot be written as {target.suffix}: {[*reasons.values()][-1]}")
 
 
-def _draw_batches(call: Call, model: nn.Module, num: int | None) -> list[Call]:
-    """Draw what a network is exported on, and then what the program is tried on; any number of images if None."""
-    are_alike = len({x.shape[:1] for x in list_tensors(call)}) == 1
-    if num is not None:
-        return [_draw(call, model, batch=num if are_alike else None)] * 2
-    if not are_alike:
-        raise ExportError("its inputs differ in their first dimension")
-    return [_draw(call, model, batch=batch) for batch in (2, 1, 3)]
+def _try_smaller(program: Program, reference: nn.Module, call: Call) -> str:
+    """Return why a program refuses smaller images; nothing if it takes them."""
+    try:
+        compare_outputs(program.run, reference, draw_smaller(call, reference))
+    except ExportError:
+        raise
+    except Exception as error:  # noqa: BLE001  runtimes raise anything
+        return explain_failure(error)
+    return ""
 
 
-def _run(model: Callable[..., object], call: Call) -> object:
-    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, (call.args, call.kwargs))
-    return model(*args, **kwargs)
+def _explain(reasons: Mapping[Freedom, str], found: Freedom) -> list[str]:
+    """Say why what was asked for is not open: by the attempt that differs from what was found in nothing else."""
+    wider = {"batch": replace(found, batch=True), "size": replace(found, size=True)}
+    return [
+        f"the {what} is fixed, for it cannot be left open: {reasons[freedom]}"
+        for what, freedom in wider.items()
+        if freedom in reasons
+    ]
 
 
-def _compare(run: Callable[..., object], reference: nn.Module, trials: Iterable[Call]) -> float:
-    """Compute the largest difference of outputs, relative to the largest output.
-
-    Raises:
-        ExportError: It is above what rounding explains.
-    """
-    tolerance = max(TOLERANCE, 8 * torch.finfo(get_dtype(reference)).eps)
-    largest = 0.0
-    for trial in trials:
-        found, expected = (
-            [x.cpu().double() for x in tree_leaves(_run(model, trial)) if isinstance(x, Tensor)]
-            for model in (run, reference)
-        )
-        are_alike = [x.shape for x in found] == [x.shape for x in expected]
-        difference = max(map(_measure, found, expected), default=0.0) if are_alike else float("inf")
-        if difference > tolerance:
-            raise ExportError(
-                f"outputs differ by {difference:.1g} of the largest on an input of {describe_shapes(trial)}"
-            )
-        largest = max(largest, difference)
-    return largest
-
-
-def _measure(found: Tensor, expected: Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    return float("inf") if difference.isnan() else difference.item()
+def _describe(tensor: Tensor, freedom: Freedom) -> tuple[int | str, ...]:
+    letters = {dim: name[0].upper() if dim else "N" for dim, name in freedom.name(tensor).items()}
+    return tuple(letters.get(dim, size) for dim, size in enumerate(tensor.shape))
 
 
 def _count_images(example: object) -> int:

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import io
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +28,7 @@ TORCH, ONNX = ".pt2", ".onnx"
 INSTALL = "pip install 'se-inject[onnx]'"
 _ONNX_LIMIT = 2**31 - 2**20
 """Bytes of tensors that one file can hold: protobuf's limit, less room for the graph."""
+_SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 # They say what is in the errors too, and that an output is None.
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.onnx._internal.exporter._core")
 
@@ -72,25 +73,43 @@ def check_size(model: nn.Module, suffix: str) -> None:
         )
 
 
-def make_program(network: nn.Module, call: Call, suffix: str, *, is_dynamic: bool) -> Program:
+@dataclass(frozen=True)
+class Freedom:
+    """Which dimensions of its inputs a program leaves open.
+
+    Attributes:
+        batch: The first one, which is the same for all inputs.
+        size: The spatial ones, for all sizes that the network takes; some take multiples of 32 alone.
+    """
+
+    batch: bool = True
+    size: bool = False
+
+    def name(self, tensor: Tensor) -> dict[int, str]:
+        """Name the open dimensions of an input."""
+        spatial = _SPATIAL.get(tensor.ndim, ()) if self.size else ()
+        return {**({0: "batch"} if self.batch else {}), **dict(enumerate(spatial, 2))}
+
+
+def make_program(network: nn.Module, call: Call, suffix: str, freedom: Freedom) -> Program:
     """Export a network, and read back what is to be written.
 
     Args:
         network: In eval mode.
         call: Real tensors that it runs on. torch takes a size of 1 for a constant.
         suffix: `.pt2` or `.onnx`.
-        is_dynamic: Leave the first dimension of all tensors open; it is the same one.
+        freedom: Which dimensions are left open.
 
     Raises:
         Exception: Whatever torch raises where it cannot follow the network; see `explain_failure`.
     """
     with _hushed():
-        exported = _export(network, call, is_dynamic=is_dynamic)
+        exported = _export(network, call, freedom)
         if suffix == TORCH:
             buffer = io.BytesIO()
             torch.export.save(exported, buffer)
             return Program(buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module())
-        data = _serialize_onnx(exported, len(list_tensors(call)), is_dynamic=is_dynamic)
+        data = _serialize_onnx(exported, [freedom.name(tensor) for tensor in list_tensors(call)])
     return Program(data, _open_onnx(data)) if _is_installed("onnxruntime") else Program(data, exported.module(), False)
 
 
@@ -110,22 +129,21 @@ def _is_installed(name: str) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
-def _export(network: nn.Module, call: Call, *, is_dynamic: bool) -> ExportedProgram:
-    shapes = None
-    if is_dynamic:
-        shapes, batch = ShapesCollection(), Dim("batch", min=1)  # type: ignore[no-untyped-call]
-        for tensor in list_tensors(call):
-            shapes[tensor] = {0: batch}
-    return torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes)
+def _export(network: nn.Module, call: Call, freedom: Freedom) -> ExportedProgram:
+    shapes, batch = ShapesCollection(), Dim("batch", min=1)  # type: ignore[no-untyped-call]
+    for tensor in list_tensors(call):
+        shapes[tensor] = {dim: Dim.DYNAMIC if dim else batch for dim in freedom.name(tensor)}
+    is_open = freedom.batch or freedom.size
+    return torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes if is_open else None)
 
 
-def _serialize_onnx(exported: ExportedProgram, num_inputs: int, *, is_dynamic: bool) -> bytes:
+def _serialize_onnx(exported: ExportedProgram, names: Sequence[Mapping[int, str]]) -> bytes:
     outputs = [name for name in exported.graph_signature.user_outputs if isinstance(name, str)]
     program = torch.onnx.export(
         exported,
         dynamo=True,
         output_names=["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))],
-        dynamic_shapes=({0: "batch"}, *[None] * (num_inputs - 1)) if is_dynamic else None,  # its name alone
+        dynamic_shapes=tuple(dict(open_dims) or None for open_dims in names) if any(names) else None,  # the names alone
         verbose=False,
     )
     assert program is not None

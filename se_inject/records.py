@@ -57,8 +57,8 @@ def read_record(path: Path, kind: str, hint: str, *, needs: frozenset[str]) -> t
         raise ArtifactError(
             f"{path} has format version {shown}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
         )
-    if not needs | {"state_dict"} <= set(content):
-        raise ArtifactError(f"{path} is no whole {_name(kind)}: it has {', '.join(map(str, content))[:200]}")
+    if missing := sorted((needs | {"state_dict"}) - set(content)):
+        raise ArtifactError(f"{path} is no whole {_name(kind)}: it has no {', '.join(missing)}")
     tensors = check_tensors(content.pop("state_dict"), path)
     values = check_values(content, path)
     digest = values.pop("digest", None)

@@ -95,6 +95,92 @@ def test_a_whole_network_is_written_at_the_size_of_its_injection(tmp_path):
         assert_close(open_program(tmp_path / "fast.onnx"), model, torch.randn(num, 3, SIZE, SIZE))
 
 
+class Halving(nn.Module):
+    """Halves its map twice and doubles it again: a sum that fits for multiples of 4 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(), nn.Conv2d(8, 8, 2, 2))
+        self.up = nn.Sequential(nn.ConvTranspose2d(8, 8, 2, 2), nn.ReLU(), nn.ConvTranspose2d(8, 3, 2, 2))
+
+    def forward(self, x):
+        return x + self.up(self.down(x))
+
+
+class Flattening(nn.Module):
+    """Has a classifier for one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 3, 3, padding=1)
+        self.head = nn.Linear(3 * 16 * 16, 4)
+
+    def forward(self, x):
+        return self.head((x + self.body(x)).flatten(1))
+
+
+@pytest.mark.parametrize("suffix", PROGRAMS)
+@pytest.mark.parametrize("optimized", [False, True])
+def test_a_program_takes_images_of_any_size(optimized, suffix, resnet, tmp_path):
+    path = tmp_path / f"fast{suffix}"
+    written = deploy(resnet, path, optimized=optimized, dynamic_size=True)
+    assert (written.inputs, written.size) == ((("N", 3, "H", "W"),), "dynamic")
+    # torch takes a last map of one pixel, as images of 32 have, for a constant, and says so.
+    expected = ["much smaller images than those of the injection are refused"] if suffix == ".pt2" else []
+    assert [note.partition(": ")[0] for note in written.notes] == expected
+    program = open_program(path)
+    for num, height, width in ((1, SIZE, SIZE), (2, 65, 130), (3, 96, 40)):
+        assert_close(program, resnet, torch.randn(num, 3, height, width))
+
+
+@pytest.mark.parametrize("suffix", PROGRAMS)
+def test_a_program_takes_the_sizes_that_the_network_takes(suffix, tmp_path):
+    model = train_a_little(inject(Halving(), example=torch.zeros(2, 3, 64, 64)))
+    written = deploy(model, tmp_path / f"x{suffix}", dynamic_size=True)
+    assert (written.inputs, written.notes) == ((("N", 3, "H", "W"),), ())
+    program = open_program(tmp_path / f"x{suffix}")
+    assert_close(program, model, torch.randn(2, 3, 32, 100))
+    for run_it in (model, program):
+        with pytest.raises(Exception, match=r"(?i)size|shape|dim|guard|broadcast|equal"):
+            run_it(torch.randn(1, 3, 33, 32))
+
+
+@pytest.mark.parametrize("suffix", PROGRAMS)
+def test_a_size_that_cannot_be_left_open_is_fixed(suffix, tmp_path):
+    model = train_a_little(inject(Flattening(), example=torch.zeros(2, 3, 16, 16)))
+    written = deploy(model, tmp_path / f"x{suffix}", dynamic_size=True)
+    assert (written.inputs, written.size, written.batch) == ((("N", 3, 16, 16),), "fixed", "dynamic")
+    assert [note.partition(": ")[0] for note in written.notes] == ["the size is fixed, for it cannot be left open"]
+    assert_close(open_program(tmp_path / f"x{suffix}"), model, torch.randn(5, 3, 16, 16))
+
+
+@pytest.mark.parametrize(("dims", "letters"), [(1, ("L",)), (3, ("D", "H", "W"))])
+def test_signals_and_volumes_are_left_open_too(dims, letters, tmp_path):
+    kind = {1: nn.Conv1d, 3: nn.Conv3d}[dims]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = kind(3, 3, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    model = train_a_little(inject(Net(), example=torch.zeros(2, 3, *[12] * dims)))
+    written = deploy(model, tmp_path / "x.pt2", dynamic_size=True)
+    assert written.inputs == (("N", 3, *letters),)
+    assert_close(open_program(tmp_path / "x.pt2"), model, torch.randn(1, 3, *range(9, 9 + dims)))
+
+
+def test_an_onnx_file_names_its_sizes(resnet, tmp_path):
+    import onnxruntime
+
+    deploy(resnet, tmp_path / "model.onnx", dynamic_size=True)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    assert [x.shape for x in session.get_inputs()] == [["batch", 3, "height", "width"]]
+    assert [x.shape for x in session.get_outputs()] == [["batch", 10]]
+
+
 def test_an_onnx_file_names_its_output_and_its_batch(tmp_path):
     import onnxruntime
 

@@ -81,8 +81,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, small_disk, name, size):
 def locked(name, tmp_path):
     """A folder with files, in which this process has no right to write, root or not."""
     WRITERS[name](tmp_path / name)  # imports what it needs, which nobody but root might read
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
         for target in WRITERS:
             (folder / target).write_bytes(b"old")
         folder.chmod(0o555)

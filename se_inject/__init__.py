@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from se_inject.plan import Plan as Plan
     from se_inject.plan import Site as Site
     from se_inject.planner import make_plan as make_plan
+    from se_inject.publishing import push_to_hub as push_to_hub
+    from se_inject.publishing import save_folder as save_folder
     from se_inject.rewrite import blocks as blocks
     from se_inject.rewrite import inject as inject
     from se_inject.standard import standardize as standardize
@@ -47,8 +49,10 @@ _HOMES = {
     "make_plan": "planner",
     "optimize": "optimization",
     "param_groups": "groups",
+    "push_to_hub": "publishing",
     "save": "artifact",
     "save_adapter": "adapters",
+    "save_folder": "publishing",
     "set_adapter": "adapters",
     "standardize": "standard",
 }

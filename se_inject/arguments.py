@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A timm or torchvision name (resnet50, timm:resnet50.a1_in1k, torchvision:resnet50, hf-hub:USER/NAME), a "
-        "package.module:factory, or a file that se-inject wrote.",
+        "package.module:factory, or what se-inject wrote: a file, a folder, or hf-hub:USER/NAME with such a folder.",
     ),
 ]
 Weights = Annotated[
@@ -175,10 +176,9 @@ def open_model(
     for library in ("timm", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     from se_inject.artifact import get_source, load
-    from se_inject.files import SUFFIXES
     from se_inject.sources import open_network
 
-    if Path(model).suffix in SUFFIXES and Path(model).is_file():
+    if _is_ours(model):
         if any(option is not None for option in (weights, num_classes, in_chans)):
             raise OptionError(
                 f"{model} holds its own weights; --weights, --num-classes and --in-chans go with a model name"
@@ -194,6 +194,19 @@ def open_model(
 
         network = load_adapter(network, adapter, name=adapter.stem, inplace=True)
     return network, source
+
+
+def _is_ours(model: str) -> bool:
+    """Tell whether a name is that of a file, a folder or a repository of ours; what is none may be a library's."""
+    from se_inject.files import SUFFIXES
+    from se_inject.folders import is_folder
+    from se_inject.hub import HUB, fetch_folder
+
+    if model.startswith(HUB):
+        return fetch_folder(model) is not None
+    path = Path(model)
+    # A folder that is given as a path is one, whatever it holds; a name alone may be a library's.
+    return (path.suffix in SUFFIXES and path.is_file()) or (path.is_dir() and (os.sep in model or is_folder(path)))
 
 
 def name_data(

@@ -20,7 +20,9 @@ from se_inject.block import GAIN, SqueezeExcite, is_block
 from se_inject.claims import check_weights
 from se_inject.errors import ArtifactError, ExampleError, ModelError, OptionError, PlanError, SourceError
 from se_inject.files import check_suffix
+from se_inject.folders import check_config, find_weights
 from se_inject.generated import get_base
+from se_inject.hub import locate
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
@@ -84,10 +86,10 @@ def load(
     block: Callable[[int], nn.Module] | None = None,
     trust_source: bool = False,
 ) -> nn.Module:
-    """Read an injected network from a file; it is in eval mode and on the CPU.
+    """Read an injected network from a file, a folder or the hub; it is in eval mode and on the CPU.
 
     Args:
-        path: What `save` wrote.
+        path: What `save` or `save_folder` wrote, or `hf-hub:USER/NAME` or `hf-hub:USER/NAME@REVISION`.
         base: The original network, or a function that builds it, where the file does not say how (the user's own
             module). A given module is not changed.
         block: Makes the blocks, where the network was injected with a factory of the user's.
@@ -95,13 +97,14 @@ def load(
 
     Raises:
         ArtifactError: There is no such file, it is cut short, holds code, has a newer format, or is of another network.
-        SourceError: The network cannot be built, or is built by a factory that is not trusted.
+        SourceError: The network cannot be built, is built by a factory that is not trusted, or cannot be fetched.
 
     Example:
         >>> model = load("model.pt")
     """
-    target = Path(path)
+    target, config = find_weights(locate(path))
     values, state = read_artifact(target)
+    check_config(config, values, target.parent)
     source = None if values["source"] is None else Source.from_values(values["source"])
     if base is not None:
         network = base if isinstance(base, nn.Module) else base()

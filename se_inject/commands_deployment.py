@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ from se_inject.errors import OptionError
 
 @takes(open_model=open_model)
 def run_export(
-    open_model: Callable[..., Opened],
+    open_model: functools.partial[Opened],
     *,
     optimized: Annotated[
         bool,
@@ -25,8 +26,9 @@ def run_export(
         str | None,
         typer.Option(
             "--to",
-            metavar="timm:NAME|adapter",
-            help="The weights of timm's own SE network, as in timm:seresnet50; or an adapter: the blocks alone.",
+            metavar="timm:NAME|adapter|folder|hf-hub:USER/NAME",
+            help="The weights of timm's own SE network, as in timm:seresnet50; an adapter: the blocks alone; or a "
+            "folder with a model card, here or on the Hugging Face hub.",
         ),
     ] = None,
     out: Annotated[
@@ -34,10 +36,23 @@ def run_export(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="A program: .pt2 (torch.export) or .onnx; with --optimize or --to also .pt, .pth or .safetensors. "
-            "model.pt2; fast.pt2 with --optimize; NAME.pt, or adapter.safetensors, with --to.",
+            help="A program: .pt2 (torch.export) or .onnx; or the network in another format (.pt, .pth, .safetensors). "
+            "model.pt2; fast.pt2 with --optimize; NAME.pt, adapter.safetensors or the folder model with --to.",
         ),
     ] = None,
+    license_name: Annotated[
+        str,
+        typer.Option(
+            "--license", metavar="NAME", help="For the model card, by its name on the hub: mit, cc-by-4.0, ..."
+        ),
+    ] = "",
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="FOLDER", help="Of the fine-tune, whose recipe and scores the model card shows."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository on the hub that others cannot see.")
+    ] = False,
     input_size: InputSize = None,
     dynamic_size: Annotated[
         bool, typer.Option("--dynamic-size", help="Leave the images' height and width open, beside their number.")
@@ -45,15 +60,20 @@ def run_export(
     as_json: AsJson = False,
 ) -> None:
     """Write a network as a program that runs without its code, or as timm's own SE network, after comparing the two."""
+    is_published = to == "folder" or (to or "").startswith("hf-hub:")
+    if (license_name or run is not None or private) and not is_published:
+        raise OptionError("--license, --run and --private go with --to folder and --to hf-hub:USER/NAME")
     if to is not None:
         given = {"--optimize": optimized, "--input-size": input_size is not None, "--dynamic-size": dynamic_size}
         if found := next((option for option, is_given in given.items() if is_given), None):
-            what = "the blocks alone" if to == "adapter" else "timm's network"
+            what = {"adapter": "the blocks alone"}.get(to, "the network as it is" if is_published else "timm's network")
             raise OptionError(f"--to writes {what}, and {found} has no part in it; leave out one of the two")
         if to == "adapter":
             _export_adapter(open_model, out or Path("adapter.safetensors"), as_json=as_json)
-            return
-        _export_to_timm(open_model, to, out, as_json=as_json)
+        elif is_published:
+            _publish(open_model, to, out, license_name, run, private=private, as_json=as_json)
+        else:
+            _export_to_timm(open_model, to, out, as_json=as_json)
         return
     from se_inject.deployment import check_deployment, deploy
     from se_inject.files import SUFFIXES
@@ -61,9 +81,8 @@ def run_export(
     target = out or Path("fast.pt2" if optimized else "model.pt2")
     check_deployment(target)
     if target.suffix in SUFFIXES and not optimized:
-        raise OptionError(
-            f"{target} would hold the same network again; give --optimize, --to timm:NAME, or a program (.pt2, .onnx)"
-        )
+        _convert(open_model, target, input_size, as_json=as_json)
+        return
     network, source = open_model()
     deployment = deploy(
         network, target, optimized=optimized, input_size=input_size, dynamic_size=dynamic_size, source=source
@@ -129,6 +148,54 @@ def run_bench(
         console.talk(measured.describe())
 
 
+def _convert(open_model: functools.partial[Opened], target: Path, input_size: int | None, *, as_json: bool) -> None:
+    """Write an artifact in another format; in its own that would be a copy, of which nothing would be other."""
+    from se_inject.artifact import save
+    from se_inject.files import SAFETENSORS
+
+    before = Path(open_model.keywords["model"]).suffix
+    if before and (before == SAFETENSORS) == (target.suffix == SAFETENSORS):
+        raise OptionError(
+            f"{target} would hold the same network again; give --optimize, --to timm:NAME, or a program (.pt2, .onnx)"
+        )
+    if input_size is not None:
+        raise OptionError(f"{target} holds the network for any size; --input-size goes with programs (.pt2, .onnx)")
+    network, source = open_model()
+    save(network, target, source=source)
+    if as_json:
+        console.print_json({"out": str(target), "format": "artifact", "bytes": target.stat().st_size})
+    else:
+        console.stdout.out(f"{target}: the same network, {target.stat().st_size:,} bytes")
+
+
+def _publish(
+    open_model: Callable[..., Opened], to: str, out: Path | None, license_name: str, run: Path | None, *, private: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    from se_inject.hub import HUB, read_name
+    from se_inject.publishing import check_folder, push_to_hub, save_folder
+
+    if to.startswith(HUB):
+        read_name(to)
+        if out is not None:
+            raise OptionError(f"--to {to} writes no file, and --out has no part in it; leave out one of the two")
+        network, source = open_model()
+        address = push_to_hub(network, to, license=license_name, run=run, private=private or None, source=source)
+        where, values = to, {"to": to, "commit": address}
+    else:
+        if private:
+            raise OptionError("--private goes with --to hf-hub:USER/NAME; a folder is as private as where it lies")
+        folder = out or Path("model")
+        check_folder(folder)
+        network, source = open_model()
+        save_folder(network, folder, license=license_name, run=run, source=source)
+        where, values = str(folder), {"to": to, "out": str(folder)}
+    if as_json:
+        console.print_json(values)
+    else:
+        console.stdout.out(f"{where}: the network and its model card; se_inject.load({where!r}) reads it")
+
+
 def _export_adapter(open_model: Callable[..., Opened], target: Path, *, as_json: bool) -> None:
     from se_inject.adapters import save_adapter
     from se_inject.files import check_target
@@ -154,7 +221,9 @@ def _export_to_timm(open_model: Callable[..., Opened], to: str, out: Path | None
 
     library, _, name = to.partition(":")
     if library != "timm" or not name:
-        raise OptionError(f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50, or adapter")
+        raise OptionError(
+            f"--to is {to!r}; expected timm:NAME, as in timm:seresnet50, adapter, folder or hf-hub:USER/NAME"
+        )
     target = out or Path(f"{name}.pt")
     check_target(target)
     network, _ = open_model(pretrained=False)

@@ -28,11 +28,11 @@ def fetch(create: Callable[[], Any], name: str) -> Any:
         SourceError: The weights cannot be fetched, or the network cannot be built.
     """
     try:
-        with _offline_if_unreachable():
+        with offline_if_unreachable():
             return build(create, name)
     except OSError as error:  # what the hub and urllib raise without a network
         raise SourceError(
-            f"the weights of {name} could not be fetched ({_get_sentence(error)}); {NO_NETWORK}"
+            f"the weights of {name} could not be fetched ({get_sentence(error)}); {NO_NETWORK}"
         ) from error
 
 
@@ -52,19 +52,19 @@ def build(create: Callable[[], Any], name: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # builders raise what they like, of options that they do not check
-        sentence = _get_sentence(error)
+        sentence = get_sentence(error)
         hint = f"; {NO_NETWORK}" if "pretrained" in sentence else ""
         raise SourceError(f"{name:.200} cannot be built: {sentence:.300}{hint}") from error
 
 
-def _get_sentence(error: BaseException) -> str:
+def get_sentence(error: BaseException) -> str:
     """Return the first sentence of an error's message, or its type where it has none."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return first.partition(". ")[0].rstrip(".")
 
 
 @contextmanager
-def _offline_if_unreachable() -> Iterator[None]:
+def offline_if_unreachable() -> Iterator[None]:
     """Where the hub's name cannot be resolved, let its client go to the cache at once instead of retrying for 20 s."""
     import huggingface_hub.constants as hub
 

@@ -31,7 +31,7 @@ from se_inject.tasks import make_teacher
 from se_inject.training import Job, Outcome, train
 from se_inject.world import World
 
-RESULT = "result.json"
+RECIPE, RESULT = "recipe.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def run_experiment(
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         write_split(experiment.data, folder)
-        _write_json(folder / "recipe.json", experiment.request.recipe.to_values())
+        _write_json(folder / RECIPE, experiment.request.recipe.to_values())
     world.wait()
     results = []
     tuned: nn.Module | None = None

@@ -21,7 +21,6 @@ from se_inject.files import read_values, write_tensors
 
 FORMAT_VERSION = 2
 """Of all kinds. 1 had no digest."""
-_OWN = ("format", "version", "digest")
 
 
 def write_record(path: Path, kind: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -36,7 +35,9 @@ def write_record(path: Path, kind: str, values: Mapping[str, Any], tensors: Mapp
 
 
 def read_record(path: Path, kind: str, hint: str, *, needs: frozenset[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file of a kind: its plain values and its tensors; nothing in it is executed.
+    """Read a file of a kind: its plain values, with its format, version and digest, and its tensors.
+
+    Nothing in it is executed.
 
     Args:
         path: `.pt`, `.pth` or `.safetensors`.
@@ -61,10 +62,10 @@ def read_record(path: Path, kind: str, hint: str, *, needs: frozenset[str]) -> t
         raise ArtifactError(f"{path} is no whole {_name(kind)}: it has no {', '.join(missing)}")
     tensors = check_tensors(content.pop("state_dict"), path)
     values = check_values(content, path)
-    digest = values.pop("digest", None)
-    if version > 1 and digest != compute_digest(tensors, values):
+    described = {key: value for key, value in values.items() if key != "digest"}
+    if version > 1 and values.get("digest") != compute_digest(tensors, described):
         raise ArtifactError(f"{path} is damaged, or was changed: its digest is not that of what it holds")
-    return {key: value for key, value in values.items() if key not in _OWN}, tensors
+    return values, tensors
 
 
 def compute_digest(tensors: Mapping[str, Tensor], values: object = None) -> str:

@@ -143,7 +143,9 @@ def _describe_for_hub(card: Card) -> str:
 def _describe(card: Card) -> str:
     source, plan = card.source, card.plan
     begun = ""
-    if source is not None and source.weights == RANDOM:  # or a network that came with weights of which nothing is known
+    if source is not None and source.library == "factory":
+        begun = f", built by `{_quote(source.name)}`,"
+    elif source is not None and source.weights == RANDOM:  # as it also says where nothing is known of the weights
         begun = f", built as `{_quote(str(source).partition('.')[0] if source.library == 'timm' else str(source))}`,"
     elif source is not None:
         begun = f", built as `{_quote(str(source))}` and begun from the weights `{_quote(source.weights)}`,"
@@ -187,7 +189,7 @@ def _describe_accuracy(measured: Measured | None) -> Iterator[str]:
     scores = measured.scores
     yield (
         f"| {what} | top-1 | top-5 |\n|---|---:|---:|\n| before the fine-tune | {measured.before:.2f} % | |\n"
-        f"| this network, after {float(scores['epoch']):g} epochs | {float(scores['top1']):.2f} % "
+        f"| this network, after epoch {float(scores['epoch']):g} | {float(scores['top1']):.2f} % "
         f"| {float(scores['top5']):.2f} % |"
     )
     if measured.verdict:

@@ -146,7 +146,9 @@ def _explaining(what: str, error_type: type[ArtifactError | SourceError]) -> Ite
             reason = f"the repository has a {CONFIG} of se-inject's and no {WEIGHTS}"
         elif status in (401, 403):
             reason = f"the token (HF_TOKEN, or `hf auth login`) has no right to it, says {constants.ENDPOINT}"
-        elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+        elif isinstance(error, errors.OfflineModeIsEnabled):
+            reason = f"{constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
             reason = f"{constants.ENDPOINT} cannot be reached, and it is not in the cache"
         else:
             reason = get_sentence(error)

@@ -15,6 +15,7 @@ from se_inject.errors import ArtifactError, OptionError, SourceError
 from se_inject.hub import fetch_folder, read_name
 from tests.hub_stub import TOKEN, run_hub
 from tests.test_cli import failure, run  # noqa: F401
+from tests.test_sources import unreachable  # noqa: F401
 
 NAME = "hf-hub:user/birds"
 # The hub's client says this to its HTTP library where it sends a file without its newer storage.
@@ -127,6 +128,16 @@ def test_the_cache_is_enough(hub, model, x, monkeypatch):
     ):
         load("hf-hub:user/cars")
     with pytest.raises(ArtifactError, match="hf-hub:user/birds could not be written: .* cannot be reached"):
+        push_to_hub(model, NAME)
+
+
+@pytest.mark.usefixtures("unreachable")
+def test_without_a_network_there_is_one_line(run, model):  # noqa: F811
+    line = failure(run("plan", NAME))
+    assert line.endswith("fetched: https://huggingface.co cannot be reached, and it is not in the cache")
+    with pytest.raises(
+        ArtifactError, match="could not be written: https://huggingface.co cannot be reached, or HF_HUB"
+    ):
         push_to_hub(model, NAME)
 
 

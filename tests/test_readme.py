@@ -28,7 +28,7 @@ SHOWN = [text for kind, text in FENCES if kind == "python" and not text.startswi
 
 
 def test_the_commands_were_found():
-    assert len(COMMANDS) == 28
+    assert len(COMMANDS) == 29
     assert len(EXAMPLES) == 2
     assert len(SHOWN) == 2
 

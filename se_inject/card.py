@@ -152,7 +152,7 @@ def _describe(card: Card) -> str:
     share = plan.num_parameters / card.num_parameters
     text = (
         f"`{_quote(plan.model)}`{begun} with {len(plan.sites)} blocks of channel attention, put in by se-inject "
-        f"{__version__}: {card.num_parameters:,} parameters, {plan.num_parameters:,} of them the blocks' ({share:.2%}). "
+        f"{__version__}: {card.num_parameters:,} parameters, {plan.num_parameters:,} ({share:.2%}) in the blocks. "
         "Each block begins as an exact identity, so that before any training the network computes what it computed "
         "without them, bit for bit."
     )

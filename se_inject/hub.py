@@ -124,32 +124,26 @@ def _explaining(what: str, error_type: type[ArtifactError | SourceError]) -> Ite
     from huggingface_hub import constants, errors
 
     # Of the HTTP library that this version of the client uses.
-    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # type: ignore[assignment]
+    http_error: type[Exception] = errors.HfHubHTTPError.__bases__[0]
     try:
         with offline_if_unreachable():
             yield
     except (ArtifactError, SourceError):
         raise
     except (OSError, RuntimeError, ValueError, http_error) as error:
-        if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-            error = error.__cause__  # "Error while uploading", and the cause says why
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, errors.GatedRepoError):
-            reason = "its owner grants access: ask for it on the repository's page"
-        elif isinstance(error, errors.RepositoryNotFoundError):
-            reason = (
-                f"{constants.ENDPOINT} has no such repository, or it is private and the token (HF_TOKEN) is not for it"
-            )
-        elif isinstance(error, errors.RevisionNotFoundError):
-            reason = "the repository has no such revision"
-        elif isinstance(error, errors.RemoteEntryNotFoundError):
-            reason = f"the repository has a {CONFIG} of se-inject's and no {WEIGHTS}"
-        elif status in (401, 403):
-            reason = f"the token (HF_TOKEN, or `hf auth login`) has no right to it, says {constants.ENDPOINT}"
-        elif isinstance(error, errors.OfflineModeIsEnabled):
-            reason = f"{constants.ENDPOINT} cannot be reached, or HF_HUB_OFFLINE is set"
-        elif isinstance(error, errors.LocalEntryNotFoundError):
-            reason = f"{constants.ENDPOINT} cannot be reached, and it is not in the cache"
-        else:
-            reason = get_sentence(error)
+        # "Error while uploading" says nothing, its cause does.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        hub = constants.ENDPOINT
+        reasons = {
+            errors.GatedRepoError: "its owner grants access: ask for it on the repository's page",
+            errors.RepositoryNotFoundError: f"{hub} has no such repository, or it is private and not of the "
+            "token's (HF_TOKEN) owner",
+            errors.RevisionNotFoundError: "the repository has no such revision",
+            errors.RemoteEntryNotFoundError: f"the repository has a {CONFIG} of se-inject's and no {WEIGHTS}",
+            errors.OfflineModeIsEnabled: f"{hub} cannot be reached, or HF_HUB_OFFLINE is set",
+            errors.LocalEntryNotFoundError: f"{hub} cannot be reached, and it is not in the cache",
+        }
+        reason = next((text for kind, text in reasons.items() if isinstance(cause, kind)), get_sentence(cause))
+        if getattr(getattr(cause, "response", None), "status_code", None) in (401, 403) and type(cause) not in reasons:
+            reason = f"the token (HF_TOKEN, or `hf auth login`) has no right to it, says {hub}"
         raise error_type(f"{what}: {reason}") from error

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine, an empty cache, and the token of its user."""
-    import huggingface_hub.constants as constants
+    from huggingface_hub import constants
     from huggingface_hub.utils import close_session, disable_progress_bars
 
     disable_progress_bars()
@@ -273,7 +273,7 @@ def test_bad_names_and_options_get_one_line(hub, run, model, args, message):  # 
 
 @pytest.mark.slow
 def test_the_environment_says_which_hub(hub, model, tmp_path):
-    import huggingface_hub.constants as constants
+    from huggingface_hub import constants
 
     push_to_hub(model, NAME)
     environment = {

@@ -136,8 +136,8 @@ def _explaining(what: str, error_type: type[ArtifactError | SourceError]) -> Ite
         hub = constants.ENDPOINT
         reasons = {
             errors.GatedRepoError: "its owner grants access: ask for it on the repository's page",
-            errors.RepositoryNotFoundError: f"{hub} has no such repository, or it is private and not of the "
-            "token's (HF_TOKEN) owner",
+            errors.RepositoryNotFoundError: f"{hub} has no such repository, or it is private and "
+            "HF_TOKEN may not read it",
             errors.RevisionNotFoundError: "the repository has no such revision",
             errors.RemoteEntryNotFoundError: f"the repository has a {CONFIG} of se-inject's and no {WEIGHTS}",
             errors.OfflineModeIsEnabled: f"{hub} cannot be reached, or HF_HUB_OFFLINE is set",

@@ -192,7 +192,7 @@ def _check_harmless(source: Source) -> None:
     """Refuse what a file must not make us do: run code, go to the network, or open other files."""
     if source.library == "factory":
         raise SourceError(
-            f"the network is built by {source.name!r:.80}, which is code: give load(..., base=) the network or "
+            f"the network is built by {source.name:.80}, which is code: give load(..., base=) the network or "
             f"factory, or trust_source=True (--trust-source) if you know it"
         )
     if source.name.startswith(_REMOTE):

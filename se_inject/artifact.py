@@ -76,6 +76,12 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     others = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if others:
         raise ArtifactError(f"the state dict holds {others[0]!r}, which is no tensor; an artifact holds tensors alone")
+    special = [key for key, value in state.items() if type(value) not in {Tensor, nn.Parameter}]
+    if special:
+        raise ArtifactError(
+            f"{special[0]} is a tensor of the class {type(state[special[0]]).__name__} (a quantised or a distributed "
+            f"one); an artifact holds plain tensors alone: save first, quantise after"
+        )
     write_record(target, FORMAT, values, state)
 
 

@@ -85,7 +85,7 @@ class SqueezeExcite(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.channels, self.r, self.gain = channels, r, gain
+        self.r, self.gain = r, gain
         self.num_spatial, self.channel_dim = num_spatial, channel_dim
         self.squeeze, self.gate = squeeze, gate
         hidden = count_hidden(channels, r, divisor=divisor)
@@ -141,6 +141,11 @@ class SqueezeExcite(nn.Module):
         )
 
     @property
+    def channels(self) -> int:
+        """C, as the layers have it now, which may have been pruned."""
+        return self.fc2.out_channels
+
+    @property
     def _dims(self) -> tuple[int, ...]:
         first = 2 if self.channel_dim == 1 else 1
         return tuple(range(first, first + self.num_spatial))
@@ -162,7 +167,8 @@ class SqueezeExcite(nn.Module):
         Under autocast gate and map can differ in type; without the cast the product would be promoted.
         """
         sizes = [x.shape[self.channel_dim] for x in maps]
-        gates = [gate] if len(maps) == 1 else list(torch.split(gate, sizes, 1))
+        parts = (gate,) if len(maps) == 1 else torch.split(gate, sizes, 1)
+        gates = [parts[i] for i in range(len(maps))]  # torch.fx's proxies can be indexed, but not iterated over
         for _ in range(self.num_spatial):
             gates = [part.unsqueeze(-1 if self.channel_dim == 1 else 1) for part in gates]
         return [part.to(x.dtype) for part, x in zip(gates, maps, strict=True)]

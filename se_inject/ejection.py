@@ -19,6 +19,7 @@ from se_inject.errors import ModelError
 from se_inject.gate_folding import fold_weights
 from se_inject.generated import get_base
 from se_inject.marks import OPTIMIZED, REMOVED, Removed, erase_marks, find_mark
+from se_inject.reparameterization import allow_merging
 from se_inject.rewrite import copy_model
 
 
@@ -59,6 +60,7 @@ def eject(model: nn.Module, *, gates: Mapping[str, Tensor] | None = None, inplac
         fold_weights(target, gates)
     for module in target.modules():
         erase_marks(module)
+        allow_merging(module)
     for restoration in restorations:
         restoration.perform()
     return target

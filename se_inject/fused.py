@@ -54,7 +54,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         kernels: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.channels, self.r, self.gain = block.channels, block.r, block.gain
+        self.r, self.gain = block.r, block.gain
         self.num_spatial, self.channel_dim = block.num_spatial, block.channel_dim
         self.squeeze, self.gate = block.squeeze, block.gate
         self.activation, self.overwrites = activation, overwrites or convolution is not None
@@ -125,6 +125,11 @@ class FusedSqueezeExcite(SqueezeExcite):
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
         return self.activate(self.fc2(F.relu(self.fc1(z))))
+
+    @property
+    def channels(self) -> int:
+        """C; the layers are linear ones here."""
+        return len(self.fc2.weight)
 
     def extra_repr(self) -> str:
         """Show what is done beside, and how: `256, 16, relu, kernels`."""

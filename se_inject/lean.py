@@ -139,7 +139,10 @@ def are_alike(x: Tensor, shortcut: Tensor) -> bool:
     """Tell whether `addcmul` gives what a product and a sum give: the same type and memory format."""
     if not (isinstance(x, Tensor) and isinstance(shortcut, Tensor)):
         return True  # torch.fx's proxies, which cannot be asked
-    return x.dtype == shortcut.dtype and x.shape == shortcut.shape and x.stride() == shortcut.stride()
+    if x.dtype != shortcut.dtype or x.stride() != shortcut.stride():
+        return False
+    # While TorchScript traces, sizes are tensors: a comparison would warn that the trace may not hold for others.
+    return torch.jit.is_tracing() or x.shape == shortcut.shape  # type: ignore[attr-defined, no-untyped-call]
 
 
 def _find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:

@@ -29,6 +29,7 @@ from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
 from se_inject.planner import Survey, survey_model
+from se_inject.reparameterization import refuse_merging
 from se_inject.replay import replay_plan
 from se_inject.sums import take_sum
 from se_inject.tracing import Trace
@@ -169,6 +170,7 @@ class _Surgery:
             assert self.cls is not None
             owner.__class__ = self.cls
         mark_module(owner, REMOVED, Removed(tuple(self.blocks), removed, children))
+        refuse_merging(model, self.path)
 
 
 def _prepare(model: nn.Module, survey: Survey) -> list[_Surgery]:

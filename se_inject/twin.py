@@ -67,24 +67,30 @@ def check_model(model: nn.Module) -> None:
         raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is scripted (TorchScript); inject first, script after")
     for path, module in model.named_modules():
-        where = path or "the model"
-        kind = type(module)
-        if isinstance(module, torch.jit.ScriptModule) and not path:
-            raise ModelError("the model is scripted (TorchScript); inject first, script after")
-        if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
-            raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
-        # A FloatFunctional stands in float networks that are to be quantised later, torchvision's quantizable ones.
-        if "quantized" in kind.__module__.split(".") and kind.__name__ != "FloatFunctional":
-            raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
-        if isinstance(vars(module).get("forward"), types.FunctionType):
-            raise ModelError(
-                f"{where} has a function as its forward, which a copy would share; make it a method of a class"
-            )
-        if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
-            raise ModelError(f"{where} is a lazy layer without weights; run the network once first")
-        if hasattr(kind, "_se_inject_code") or is_block(module):
-            raise ModelError(f"the model is injected already ({where}); inject into the original network")
+        _check_module(module, path or "the model")
+
+
+def _check_module(module: nn.Module, where: str) -> None:
+    kind = type(module)
+    if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
+        raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
+    # A FloatFunctional stands in float networks that are to be quantised later, torchvision's quantizable ones.
+    if "quantized" in kind.__module__.split(".") and kind.__name__ != "FloatFunctional":
+        raise ModelError(f"{where} is quantised ({kind.__name__}); inject first, quantise after")
+    # Each time that the mode is changed, it takes a graph that it keeps, and which an injection would not reach.
+    if any(base.__name__ == "DualGraphModule" for base in kind.__mro__):
+        raise ModelError(f"{where} is a feature extractor of torchvision's; inject first, make one of the result after")
+    if isinstance(vars(module).get("forward"), types.FunctionType):
+        raise ModelError(
+            f"{where} has a function as its forward, which a copy would share; make it a method of a class"
+        )
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+        raise ModelError(f"{where} is a lazy layer without weights; run the network once first")
+    if hasattr(kind, "_se_inject_code") or is_block(module):
+        raise ModelError(f"the model is injected already ({where}); inject into the original network")
 
 
 def make_twin(model: nn.Module, mode: FakeTensorMode | None = None) -> Twin:

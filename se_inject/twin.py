@@ -68,7 +68,7 @@ def check_model(model: nn.Module) -> None:
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model is scripted (TorchScript); inject first, script after")
+        raise ModelError("the model is scripted (TorchScript); inject first, trace or export after")
     for path, module in model.named_modules():
         _check_module(module, path or "the model")
 

@@ -22,6 +22,13 @@ def test_the_gate_is_the_formula_of_the_paper_times_two():
     torch.testing.assert_close(block(x), x * gate[:, :, None, None])
 
 
+def test_a_block_knows_the_channels_that_its_layers_have():
+    block = SqueezeExcite(32, 4)
+    assert (block.channels, repr(block)) == (32, "SqueezeExcite(32, 4)")
+    block.fc1, block.fc2 = nn.Conv2d(24, 8, 1), nn.Conv2d(8, 24, 1)  # as pruning leaves them
+    assert (block.channels, repr(block)) == (24, "SqueezeExcite(24, 4)")
+
+
 def test_several_maps_are_squeezed_together():
     block = SqueezeExcite(24, 2)
     for parameter in block.parameters():

@@ -196,6 +196,24 @@ def test_features_can_be_extracted_by_torchvision(trained, x):
     assert torch.equal(found["layer4"], expected[4])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+def test_torchscript_traces_it_and_warns_of_nothing(trained, x):
+    traced = torch.jit.trace(trained, x)
+    with torch.no_grad():
+        assert torch.equal(traced(x), trained(x))
+        other = torch.randn(5, 3, 96, 64)
+        assert torch.equal(traced(other), trained(other))
+    traced(x).sum().backward()
+    assert all(p.grad is not None for p in traced.parameters())
+    trained.zero_grad(set_to_none=True)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:FutureWarning")
+def test_torchscript_does_not_compile_it(trained):
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="variable number of arguments"):
+        torch.jit.script(trained)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu(x):
     model = timm.create_model("resnet18", num_classes=10).cuda().eval()

@@ -158,7 +158,10 @@ def test_what_is_beyond_the_artifact_in_the_config_is_not_read(folder, model, x)
         ("null", "holds a NoneType; expected an object"),
         ("", "cannot be read as JSON"),
         ('{"format": "se-inject"}', "they differ in version, digest, source, plan"),
-        ('{"format": "se-inject", "version": 1, "source": 7, "plan": {}}', "they differ in version, digest, source, plan"),
+        (
+            '{"format": "se-inject", "version": 1, "source": 7, "plan": {}}',
+            "they differ in version, digest, source, plan",
+        ),
         ('{"format": "se-inject", "version": 1, "source": 7, "plan":' + "[" * 900 + "]" * 900 + "}", "they differ in"),
     ],
 )

@@ -63,6 +63,9 @@ def run_export(
     is_published = to == "folder" or (to or "").startswith("hf-hub:")
     if (license_name or run is not None or private) and not is_published:
         raise OptionError("--license, --run and --private go with --to folder and --to hf-hub:USER/NAME")
+    from se_inject.reading import seed_all
+
+    seed_all(0)  # weights that are not fetched are drawn: the same command gives the same file
     if to is not None:
         given = {"--optimize": optimized, "--input-size": input_size is not None, "--dynamic-size": dynamic_size}
         if found := next((option for option, is_given in given.items() if is_given), None):

@@ -30,10 +30,12 @@ def run_inject(
     from se_inject.artifact import save
     from se_inject.costs import compare_costs
     from se_inject.files import check_target
+    from se_inject.reading import seed_all
     from se_inject.rewrite import get_plan, inject
 
     options = read_options()
     check_target(out)  # before a download and not after it
+    seed_all(0)  # blocks, and weights that are not fetched, are drawn: the same command gives the same file
     network, source = open_model()
     injected = inject(network, inplace=True, **options)
     save(injected, out, source=source)

@@ -10,13 +10,16 @@ import importlib
 import importlib.util
 import io
 import logging
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves
 
@@ -134,7 +137,28 @@ def _export(network: nn.Module, call: Call, freedom: Freedom) -> ExportedProgram
     for tensor in list_tensors(call):
         shapes[tensor] = {dim: Dim.DYNAMIC if dim else batch for dim in freedom.name(tensor)}
     is_open = freedom.batch or freedom.size
-    return torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes if is_open else None)
+    exported = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes if is_open else None)
+    _shorten_traces(exported)
+    return exported
+
+
+def _shorten_traces(exported: ExportedProgram) -> None:
+    """Name the files of the code that each operator came from as Python finds them, not by where they lie on this disk.
+
+    Both formats keep these names, and a file that is handed on need not tell whose folder it was made in.
+    """
+    for module in exported.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            if text := node.meta.get("stack_trace"):
+                node.meta["stack_trace"] = re.sub(r'(?<=File ")[^"]+', lambda found: _shorten(found[0]), text)
+
+
+def _shorten(path: str) -> str:
+    file = Path(path)
+    if not file.is_absolute():
+        return path
+    folders = [folder for folder in map(Path.absolute, map(Path, sys.path)) if file.is_relative_to(folder)]
+    return str(file.relative_to(max(folders, key=lambda folder: len(folder.parts), default=file.parent)))
 
 
 def _serialize_onnx(exported: ExportedProgram, names: Sequence[Mapping[int, str]]) -> bytes:

@@ -57,8 +57,10 @@ class Source:
         return f"{self.library}:{self.name}"
 
     def to_values(self) -> dict[str, Any]:
-        """Turn into plain values, for a file."""
-        return {**asdict(self), "classes": list(self.classes)}
+        """Turn into plain values, for a file; of weights that came from a file, the name, and not its folder."""
+        is_file = Path(self.weights).is_absolute()
+        weights = Path(self.weights).name if is_file else self.weights
+        return {**asdict(self), "weights": weights, "classes": list(self.classes)}
 
     @classmethod
     def from_values(cls, values: object) -> Source:

@@ -93,7 +93,7 @@ def splice_method(owner: nn.Module, trace: Trace, blocks: Sequence[tuple[str, Pl
     if ast.get_docstring(tree) is not None and len(tree.body) > 1:
         del tree.body[0]
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(function.__code__.co_varnames)
-    names = {name: function.__globals__[name] for name in used if name in function.__globals__}
+    names = {name: function.__globals__[name] for name in sorted(used) if name in function.__globals__}
     if names.get(type(owner).__name__, type(owner)) is not type(owner):
         raise TraceError(trace.doubt)
     if any(name not in names and not hasattr(builtins, name) for name in used - _get_stored(tree)):

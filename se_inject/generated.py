@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import linecache
 import sys
+import threading
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +24,8 @@ from se_inject.errors import ModelError
 
 _GENERATED = "se_inject.generated"
 
-_classes: dict[tuple[object, ...], type[nn.Module]] = {}
+_classes: weakref.WeakValueDictionary[tuple[object, ...], type[nn.Module]] = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()
 
 
 def get_base(cls: type[nn.Module]) -> type[nn.Module]:
@@ -54,26 +58,45 @@ def derive_class(
 
 
 def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:
-    """Make the class of a source text; the same text over the same base gives the same class."""
+    """Make the class of a source text; the same text over the same base gives the same class, as long as it is used."""
     key = (base, source, *sorted((name, id(value)) for name, value in names.items()))
-    if key not in _classes:
-        identity = repr((base.__module__, base.__qualname__, len(_classes), source)).encode()
-        module = types.ModuleType(f"{_GENERATED}.{name}_{hashlib.sha256(identity).hexdigest()[:8]}")
-        module.__file__ = f"<{module.__name__}>"
-        vars(module).update(names)
-        vars(module)[base.__name__] = base
-        try:
-            exec(compile(source, module.__file__, "exec"), vars(module))  # noqa: S102  our own code, from the plan
-        except Exception as error:
-            message = f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
-            raise ModelError(message) from error
-        linecache.cache[module.__file__] = (len(source), None, source.splitlines(keepends=True), module.__file__)
-        sys.modules[module.__name__] = module
-        made = vars(module)[name]
-        made._se_inject_code = (base, name, source, dict(names))
-        made.__reduce_ex__ = _reduce
-        _classes[key] = made
-    return _classes[key]
+    with _LOCK:
+        made = _classes.get(key)
+        if made is None:
+            made = _classes[key] = _execute(base, name, source, names)
+        return made
+
+
+def _execute(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:
+    module = types.ModuleType(_choose_name(base, name, source))
+    file = module.__file__ = f"<{module.__name__}>"
+    vars(module).update(names)
+    vars(module)[base.__name__] = base
+    try:
+        exec(compile(source, file, "exec"), vars(module))  # noqa: S102  our own code, from the plan
+    except Exception as error:
+        message = f"no class can be derived from {base.__qualname__} ({error}); exclude its modules"
+        raise ModelError(message) from error
+    made: type[nn.Module] = vars(module).pop(name)  # the module stays for as long as the class, and must not keep it
+    made._se_inject_code = (base, name, source, dict(names))  # type: ignore[attr-defined]
+    made.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    sys.modules[module.__name__] = module
+    weakref.finalize(made, _forget, module.__name__, file).atexit = False
+    return made
+
+
+def _choose_name(base: type[nn.Module], name: str, source: str) -> str:
+    """Name a module after what is in it: the same in every process, for what is exported holds the name."""
+    identity = repr((base.__module__, base.__qualname__, source)).encode()
+    chosen = f"{_GENERATED}.{name}_{hashlib.sha256(identity).hexdigest()[:8]}"
+    others = (f"{chosen}_{i}" for i in itertools.count(2))  # of another class of that name, from the same function
+    return next(option for option in itertools.chain([chosen], others) if option not in sys.modules)
+
+
+def _forget(module: str, file: str) -> None:
+    sys.modules.pop(module, None)
+    linecache.cache.pop(file, None)
 
 
 def _reduce(self: nn.Module, protocol: int) -> Any:

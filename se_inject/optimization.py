@@ -30,7 +30,7 @@ from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
 from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import trace_entry
-from se_inject.twin import Twin, get_dtype, make_twin, quiet, set_training
+from se_inject.twin import Twin, alone, get_dtype, make_twin, quiet, set_training
 
 
 @torch.inference_mode(False)
@@ -103,6 +103,7 @@ def find_optimization(model: nn.Module) -> object:
     return find_mark(model, OPTIMIZED)
 
 
+@alone()
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
     plan = find_plan(model)
     target = copy_model(model).eval().requires_grad_(False)

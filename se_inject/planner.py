@@ -23,7 +23,7 @@ from se_inject.places import Joining, Kind, Placing
 from se_inject.plan import DEFAULT_R, SE, Options, Plan
 from se_inject.probe import probe_model
 from se_inject.selection import check_options, filter_sites, read_ratios, set_ratios
-from se_inject.twin import Twin, get_dtype
+from se_inject.twin import Twin, alone, get_dtype
 
 _MERGE_KINDS: tuple[Kind, ...] = ("residual", "concat")
 
@@ -106,6 +106,7 @@ def make_plan(
     return survey_model(model, options, example=example).plan
 
 
+@alone()
 @torch.inference_mode(False)  # its tensors do not tell what is written on them
 def survey_model(model: nn.Module, options: Options, *, example: object = None) -> Survey:
     """Make a plan and keep the traces; the errors are those of `make_plan`."""

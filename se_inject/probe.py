@@ -168,8 +168,8 @@ def _run(
         mode = twin.mode if is_fake else nullcontext()
         with (
             set_training(twin.model, training),
-            kept_random_state(),
             quiet(),
+            kept_random_state(),
             mode,
             torch.set_grad_enabled(training),
         ):

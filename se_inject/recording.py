@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ class ShallowTracer(fx.Tracer):
     """A tracer for which every child is a leaf, and which executes each node over fake tensors as it records it."""
 
     def __init__(self, twin: Twin, method: str, call: Call) -> None:
+        self._thread = threading.get_ident()
         super().__init__(autowrap_functions=_FACTORIES)
         self._autowrap_search.append(torch)
         self.proxy_buffer_attributes = True
@@ -60,9 +62,26 @@ class ShallowTracer(fx.Tracer):
         """Treat every child as a leaf."""
         return True
 
+    @property
+    def _is_idle(self) -> bool:
+        """Whether what runs is not to be recorded: what a child does, or another thread's network.
+
+        torch.fx replaces `nn.Module.__call__` and `__getattr__` for as long as it traces, and so for all threads.
+        """
+        return self._executing or threading.get_ident() != self._thread
+
+    @property
+    def _autowrap_function_ids(self) -> set[int]:
+        """Which functions torch.fx replaces in the modules whose code runs; in another thread it would not undo it."""
+        return self._wrapped if threading.get_ident() == self._thread else set()
+
+    @_autowrap_function_ids.setter
+    def _autowrap_function_ids(self, ids: set[int]) -> None:
+        self._wrapped = ids
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a child; while a child is being executed, its own children just run."""
-        if self._executing:
+        if self._is_idle:
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
         for key, items in result.node.meta["changed"].items():
@@ -81,7 +100,7 @@ class ShallowTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter or buffer."""
-        return attr_val if self._executing else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self._is_idle else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that knows its value."""
@@ -117,11 +136,11 @@ class ShallowTracer(fx.Tracer):
         for _ in range(2):
             caller = caller.f_back if caller else None
         module = caller.f_globals.get("__name__", "") if caller else ""
-        return not self._executing and not module.startswith(("torch.", "se_inject."))
+        return not self._is_idle and not module.startswith(("torch.", "se_inject."))
 
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a method that is rewritten on its own, as `self.forward_features(x)`."""
-        return method(*args, **kwargs) if self._executing else self.create_proxy("call_module", name, args, kwargs)
+        return method(*args, **kwargs) if self._is_idle else self.create_proxy("call_module", name, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: Any, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """Make a proxy for each tensor that the method is handed."""

@@ -33,9 +33,10 @@ from se_inject.reparameterization import refuse_merging
 from se_inject.replay import replay_plan
 from se_inject.sums import take_sum
 from se_inject.tracing import Trace
-from se_inject.twin import get_device, get_dtype
+from se_inject.twin import alone, get_device, get_dtype
 
 
+@alone()
 @torch.inference_mode(False)  # in which the copy could not be trained
 def inject(
     model: nn.Module,

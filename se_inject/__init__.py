@@ -74,8 +74,10 @@ __all__ = [
     "make_plan",
     "optimize",
     "param_groups",
+    "push_to_hub",
     "save",
     "save_adapter",
+    "save_folder",
     "set_adapter",
     "standardize",
 ]

@@ -46,7 +46,8 @@ def test_the_wheel_holds_the_package_the_recipes_and_the_licence_alone(tmp_path)
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path, filter="data")
         names = archive.getnames()
-    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".pt", ".whl"))]
+    assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".whl"))]
+    assert {str(Path(name).parent.name) for name in names if name.endswith((".pt", ".safetensors"))} == {"golden"}
     again, _ = build(tmp_path / sdist.name.removesuffix(".tar.gz"), tmp_path / "again")
     assert read_wheel(again) == files
 

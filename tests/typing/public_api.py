@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import xarray
 from torch import nn
 from typing_extensions import assert_type
 
@@ -28,15 +29,14 @@ from se_inject import (
     make_plan,
     optimize,
     param_groups,
+    push_to_hub,
     save,
     save_adapter,
+    save_folder,
     set_adapter,
     standardize,
 )
 from se_inject.adapters import Adapter
-
-if TYPE_CHECKING:
-    pass
 
 
 def cut(network: nn.Module, images: torch.Tensor) -> nn.Module:
@@ -62,13 +62,15 @@ def go_on(model: nn.Module, images: torch.Tensor) -> None:
     assert_type(groups, list[dict[str, Any]])
     torch.optim.SGD(groups, momentum=0.9)
     gates = collect_gates(model, [(images, torch.tensor([0]))], classes=["cat", "dog"])
-    assert_type(gates, "dict[str, xarray.Dataset]")
+    assert_type(gates, dict[str, xarray.Dataset])
 
 
 def keep(model: nn.Module, folder: Path) -> None:
     save(model, folder / "model.pt")
     assert_type(load(folder / "model.pt", trust_source=True), nn.Module)
     assert_type(load("model.safetensors", base=nn.Sequential), nn.Module)
+    save_folder(model, folder / "birds", license="mit", run=folder / "runs")
+    assert_type(push_to_hub(model, "user/birds", private=True), str)
     save_adapter(model, folder / "birds.safetensors")
     shared = load_adapter(eject(model), "birds.safetensors", name="birds")
     assert_type(shared, nn.Module)
@@ -82,7 +84,7 @@ def use_block(x: torch.Tensor) -> None:
     block = SqueezeExcite(256, 16, squeeze="mean", gate="sigmoid", channel_dim=1, dtype=torch.float32)
     assert_type(block(x), Any)
     assert_type(block.compute_gate(x), torch.Tensor)
-    assert_type(block.forward(x, shortcut=x), "torch.Tensor | tuple[torch.Tensor, ...]")
+    assert_type(block.forward(x, shortcut=x), torch.Tensor | tuple[torch.Tensor, ...])
 
 
 def fail(network: nn.Module) -> str:

@@ -27,11 +27,12 @@ from se_inject.errors import DataError, SourceError
 from se_inject.files import read_state_dict
 from se_inject.formats import InputFormat, read_format
 from se_inject.heads import replace_head
+from se_inject.provenance import Source
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.search import search
-from se_inject.sources import Source, load_weights, open_network
+from se_inject.sources import load_weights, open_network
 from se_inject.start import Start
 from se_inject.world import World
 

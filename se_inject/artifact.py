@@ -26,9 +26,10 @@ from se_inject.hub import locate
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
+from se_inject.provenance import Source
 from se_inject.records import read_record, write_record
 from se_inject.rewrite import blocks, find_plan, get_plan, inject
-from se_inject.sources import Source, build_skeleton
+from se_inject.sources import build_skeleton
 
 FORMAT = "se-inject"
 

@@ -18,7 +18,7 @@ from se_inject import __version__
 from se_inject.errors import OptionError
 from se_inject.measured import Measured
 from se_inject.plan import SE, Plan
-from se_inject.sources import RANDOM, Source
+from se_inject.provenance import RANDOM, Source
 
 UNKNOWN = "unknown"
 _MANY = 20

@@ -13,7 +13,7 @@ from se_inject import console
 from se_inject.arguments import AsJson, Opened, open_model, read_options, takes
 
 if TYPE_CHECKING:
-    from se_inject.sources import Source
+    from se_inject.provenance import Source
 
 
 @takes(open_model=open_model, read_options=read_options)

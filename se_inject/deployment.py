@@ -36,8 +36,8 @@ from se_inject.programs import (
     list_tensors,
     make_program,
 )
+from se_inject.provenance import Source
 from se_inject.rewrite import copy_model, find_plan
-from se_inject.sources import Source
 from se_inject.trials import compare_outputs, draw_call, draw_smaller, draw_trials, run_call
 from se_inject.twin import make_twin
 

@@ -22,10 +22,10 @@ from se_inject.datasets import Data, write_split
 from se_inject.ejection import eject
 from se_inject.files import write_tensors, write_whole
 from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.provenance import Source
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.runlog import RunLog
-from se_inject.sources import Source
 from se_inject.start import Start
 from se_inject.tasks import make_teacher
 from se_inject.training import Job, Outcome, train

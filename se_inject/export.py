@@ -19,8 +19,9 @@ from se_inject.calls import Entry
 from se_inject.counterpart import map_keys
 from se_inject.errors import ExampleError, ExportError, StandardFormError
 from se_inject.plan import Plan
+from se_inject.provenance import Source
 from se_inject.rewrite import blocks, copy_model, get_plan
-from se_inject.sources import Source, build_skeleton, resolve_name
+from se_inject.sources import build_skeleton, resolve_name
 from se_inject.standard import standardize
 from se_inject.twin import get_dtype
 

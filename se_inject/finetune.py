@@ -23,10 +23,10 @@ from se_inject.errors import OptionError
 from se_inject.experiment import Experiment, Request, run_experiment
 from se_inject.files import check_target
 from se_inject.gates import is_fresh
+from se_inject.provenance import Source
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.runlog import CURVES, METRICS, draw_curves, read_metrics
-from se_inject.sources import Source
 from se_inject.start import prepare_start
 from se_inject.world import World
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from se_inject.errors import ArtifactError
-from se_inject.sources import Source
+from se_inject.provenance import Source
 
 FORMAT = "se-inject"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"

@@ -18,7 +18,7 @@ from se_inject.calls import Entry
 from se_inject.errors import ExampleError, OptionError, SourceError
 from se_inject.formats import convert_image
 from se_inject.plan import Plan
-from se_inject.sources import Source
+from se_inject.provenance import Source
 from se_inject.twin import get_device, get_dtype, set_training
 
 _DEFAULT_SIZE = (3, 224, 224)

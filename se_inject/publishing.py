@@ -27,8 +27,8 @@ from se_inject.gates import is_fresh
 from se_inject.hub import HUB, read_name, upload_folder
 from se_inject.measured import read_run
 from se_inject.plan import Plan
+from se_inject.provenance import Source
 from se_inject.rewrite import blocks
-from se_inject.sources import Source
 
 
 def save_folder(

@@ -11,11 +11,11 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,74 +23,11 @@ from se_inject.allowance import Allowance
 from se_inject.downloads import build, fetch
 from se_inject.errors import SourceError
 from se_inject.files import read_state_dict
+from se_inject.provenance import RANDOM, Library, Source
 
-Library = Literal["timm", "torchvision", "factory"]
-RANDOM = "none (random)"
-_MAX_NAME = 500
-_MAX_SIZE = 1 << 14
 _REMOTE = ("hf-hub:", "local-dir:")
 _RESERVED = ("weights", "weights_backbone", "progress")
 """What torchvision's builders fetch weights by; timm's are the parameters of `create_model` itself."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """How a network is built, in plain values.
-
-    Attributes:
-        library: timm, torchvision or factory.
-        name: The library's name for it, or `package.module:factory`.
-        options: What the builder is called with.
-        weights: Where the weights came from, in words.
-        preprocess: How an image becomes an input; see `images`.
-        classes: Names of the outputs; empty if they are ImageNet's or not known.
-    """
-
-    library: Library
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-    weights: str = RANDOM
-    preprocess: Mapping[str, Any] = field(default_factory=dict)
-    classes: Sequence[str] = ()
-
-    def __str__(self) -> str:
-        return f"{self.library}:{self.name}"
-
-    def to_values(self) -> dict[str, Any]:
-        """Turn into plain values, for a file; of weights that came from a file, the name, and not its folder."""
-        is_file = Path(self.weights).is_absolute()
-        weights = Path(self.weights).name if is_file else self.weights
-        return {**asdict(self), "weights": weights, "classes": list(self.classes)}
-
-    @classmethod
-    def from_values(cls, values: object) -> Source:
-        """Read what `to_values` gave.
-
-        Raises:
-            SourceError: The values are something else.
-        """
-        expected = {"library": str, "name": str, "options": dict, "weights": str, "preprocess": dict, "classes": list}
-        given = {"classes": [], **values} if isinstance(values, dict) else {}
-        is_known = given.keys() == expected.keys() and all(isinstance(given[k], kind) for k, kind in expected.items())
-        if not is_known or given["library"] not in get_args(Library) or len(given["name"]) > _MAX_NAME:
-            raise SourceError("the file does not say how its network is built")
-        if not all(map(_is_setting, given["preprocess"].values())):
-            raise SourceError("the file does not say how images become inputs of its network")
-        shown = {key: _make_printable(given[key]) for key in ("name", "weights")}
-        return cls(**{**given, **shown, "classes": tuple(map(_make_printable, given["classes"]))})
-
-
-def _is_setting(value: object) -> bool:
-    """Tell whether a value can say how an image becomes an input: a word, or numbers that no image is too large for."""
-    if isinstance(value, list):
-        return len(value) <= len("NCDHW") and all(type(x) in (int, float) and abs(x) <= _MAX_SIZE for x in value)
-    return (
-        value is None or isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and abs(value) <= _MAX_SIZE)
-    )
-
-
-def _make_printable(text: object) -> str:
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from se_inject.errors import DataError, SourceError
 from se_inject.formats import InputFormat, read_format
 from se_inject.heads import count_channels, count_outputs, replace_head
 from se_inject.images import read_size
+from se_inject.provenance import Source
 from se_inject.rewrite import find_plan, inject
-from se_inject.sources import Source, takes_num_classes
+from se_inject.sources import takes_num_classes
 
 
 @dataclass(frozen=True)

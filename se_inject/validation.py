@@ -15,8 +15,8 @@ from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError, OptionError
 from se_inject.heads import count_outputs
 from se_inject.loaders import EvalLoader
+from se_inject.provenance import Source
 from se_inject.scores import Scores, evaluate
-from se_inject.sources import Source
 from se_inject.start import read_model_format
 from se_inject.world import World
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from se_inject import blocks, inject, load, make_plan, save
 from se_inject.errors import ArtifactError, ModelError, SourceError
-from se_inject.sources import Source, open_network
+from se_inject.provenance import Source
+from se_inject.sources import open_network
 from tests import nets
 from tests.forgery import forge
 

@@ -15,8 +15,8 @@ from torch.utils.data import Subset
 from se_inject import blocks, inject, load, save
 from se_inject.datasets import open_data
 from se_inject.gates import is_fresh
+from se_inject.provenance import Source
 from se_inject.runlog import METRICS, read_metrics
-from se_inject.sources import Source
 from tests.digits import DigitNet, write_digits
 from tests.test_cli import failure, run  # noqa: F401
 

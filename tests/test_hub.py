@@ -214,7 +214,7 @@ def test_somebody_elses_network_is_not_written_over(hub, model):
 
 
 def test_a_factory_is_not_called_because_a_repository_says_so(hub, tmp_path, monkeypatch):
-    from se_inject.sources import Source
+    from se_inject.provenance import Source
     from tests import nets
 
     (tmp_path / "trap.py").write_text("raise SystemExit('imported')\n")

@@ -11,8 +11,9 @@ from torch import nn
 from se_inject import inject
 from se_inject.errors import ExampleError, OptionError
 from se_inject.images import get_class_names, make_transform, predict_image
+from se_inject.provenance import Source
 from se_inject.rewrite import get_plan
-from se_inject.sources import Source, open_network
+from se_inject.sources import open_network
 from tests import nets
 
 

@@ -18,9 +18,9 @@ from se_inject.errors import DataError
 from se_inject.formats import InputFormat, convert_image, make_eval_transform, make_train_transform, read_format
 from se_inject.images import make_transform
 from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.provenance import Source
 from se_inject.reading import NO_LABEL, UNREADABLE, seed_all
 from se_inject.recipe import Recipe
-from se_inject.sources import Source
 from se_inject.world import World
 from tests.images_on_disk import make_folder, make_image, make_shards, make_two_folders
 

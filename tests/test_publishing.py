@@ -12,7 +12,8 @@ from torch import nn
 
 from se_inject import blocks, inject, load, optimize, save, save_folder
 from se_inject.errors import ArtifactError, ModelError, OptionError
-from se_inject.sources import Source, open_network
+from se_inject.provenance import Source
+from se_inject.sources import open_network
 from tests import nets
 from tests.test_cli import failure, run  # noqa: F401
 

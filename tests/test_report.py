@@ -18,6 +18,7 @@ from se_inject.formats import InputFormat
 from se_inject.gate_statistics import collect_gates
 from se_inject.gates import Passed
 from se_inject.loaders import EvalLoader
+from se_inject.provenance import Source
 from se_inject.report import Wishes, make_report
 from se_inject.report_blocks import Ablation, advise, measure_ablation
 from se_inject.report_charts import write_figures
@@ -26,7 +27,6 @@ from se_inject.report_images import Farthest
 from se_inject.report_network import compare_arms, read_results
 from se_inject.report_page import make_page
 from se_inject.scores import Scores
-from se_inject.sources import Source
 from se_inject.timing import Conditions
 from se_inject.validation import Validation
 from se_inject.world import World

@@ -12,10 +12,10 @@ from se_inject.datasets import open_data
 from se_inject.errors import ModelError, OptionError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader
+from se_inject.provenance import Source
 from se_inject.reduction import Moments, rank_units, reduce_block
 from se_inject.rewrite import get_plan
 from se_inject.simplify import simplify
-from se_inject.sources import Source
 from se_inject.validation import CACHE, Validation
 from se_inject.world import stay_alone
 from tests import nets

@@ -9,7 +9,8 @@ import torchvision
 from torch import nn
 
 from se_inject.errors import ArtifactError, SourceError
-from se_inject.sources import Source, build_skeleton, load_weights, open_network, resolve_name
+from se_inject.provenance import Source
+from se_inject.sources import build_skeleton, load_weights, open_network, resolve_name
 from tests import nets
 
 

@@ -13,7 +13,8 @@ import torch
 import torchvision
 from torch import nn
 
-from se_inject.sources import Source, build_skeleton
+from se_inject.provenance import Source
+from se_inject.sources import build_skeleton
 
 SIZES = (64, 96, 128, 192, 224, 256, 384, 512)
 SEED = 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from se_inject import blocks, inject, optimize, save, save_adapter
-from se_inject.sources import Source
+from se_inject.provenance import Source
 
 FOLDER = Path(__file__).parent
 SOURCE = Source("timm", "resnet18", {"channels": [8, 8, 16, 16], "num_classes": 3})

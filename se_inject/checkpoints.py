@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from se_inject.errors import ArtifactError, TrainingError
 from se_inject.files import read_values, write_whole
+from se_inject.records import compute_digest
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = "se-inject checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 had no digest."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         ArtifactError: It cannot be written; the one before is still there.
     """
     values = {f.name: getattr(checkpoint, f.name) for f in fields(checkpoint)}
-    content = {"format": FORMAT, "version": FORMAT_VERSION, **values}
+    content = {"format": FORMAT, "version": FORMAT_VERSION, "digest": _compute_digest(values), **values}
     write_whole(folder / CHECKPOINT, lambda file: torch.save(content, file))
 
 
@@ -78,13 +81,25 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
         raise ArtifactError(
             f"{path} has format version {values['version']}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
         )
-    found = Checkpoint(**{name: values[name] for name in names})
+    given = {name: values[name] for name in names}
+    if values["version"] > 1 and values.get("digest") != _compute_digest(given):
+        raise ArtifactError(
+            f"{path} is damaged: its digest is not that of what it holds; begin in another folder with --run"
+        )
+    found = Checkpoint(**given)
     if differences := _compare(found.settings, settings):
         raise TrainingError(
             f"{path} is of another run: {'; '.join(differences)}; go on with the same settings, or begin in another "
             f"folder with --run"
         )
     return found
+
+
+def _compute_digest(values: Mapping[str, Any]) -> str:
+    """Compute the digest of a tree of tensors and plain values."""
+    leaves = {keystr(path): leaf for path, leaf in tree_flatten_with_path(dict(values))[0]}
+    tensors = {key: leaf for key, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    return compute_digest(tensors, {key: leaf for key, leaf in leaves.items() if key not in tensors})
 
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from se_inject import blocks, eject, inject
-from se_inject.checkpoints import CHECKPOINT, read_checkpoint
+from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.datasets import open_data
 from se_inject.errors import ArtifactError, TrainingError
 from se_inject.formats import InputFormat
@@ -258,6 +258,27 @@ def test_a_checkpoint_that_is_none_is_an_error(tmp_path, content):
         torch.save({**content, **dict.fromkeys(names)}, path)
     with pytest.raises(ArtifactError, match="cannot be read|is no|has format version 9, this se-inject reads up"):
         read_checkpoint(tmp_path, {})
+
+
+def test_a_checkpoint_that_changed_on_the_disk_is_an_error(tmp_path):
+    values = {"model": {"w": torch.arange(4000.0)}, "optimizer": {"state": {0: {"momentum": torch.ones(3)}}}}
+    write_checkpoint(
+        tmp_path, Checkpoint(3, ema=None, settings={"lr": 0.1}, history=[{"top1": 1.0}], seconds=2.0, **values)
+    )
+    assert read_checkpoint(tmp_path, {"lr": 0.1}).step == 3
+    path = tmp_path / CHECKPOINT
+    data = bytearray(path.read_bytes())
+    data[data.index(torch.arange(4000.0)[2000].numpy().tobytes()) + 1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="is damaged: its digest is not that of what it holds"):
+        read_checkpoint(tmp_path, {"lr": 0.1})
+
+
+def test_a_checkpoint_without_a_digest_is_of_the_version_before(tmp_path):
+    write_checkpoint(tmp_path, Checkpoint(3, {}, None, {}, {}, [], 2.0))
+    content = torch.load(tmp_path / CHECKPOINT)
+    torch.save({**content, "version": 1, "digest": None}, tmp_path / CHECKPOINT)
+    assert read_checkpoint(tmp_path, {}).step == 3
 
 
 def test_without_a_checkpoint_resuming_is_beginning(digits, tmp_path):

@@ -106,12 +106,14 @@ def _find_timm(name: str) -> Callable[[Site, Plan], nn.Module]:
     from timm.layers import get_attn
 
     try:
-        kind = get_attn(name)
+        kind = get_attn(name) if name else None
     except AssertionError:
+        kind = None
+    if kind is None:
         raise OptionError(
             f"block is {name!r}; it must be se, a name of timm's create_attn (eca, ge, gc, cbam, ...), or in Python a "
             f"function that makes a module for a number of channels"
-        ) from None
+        )
     if name == "ge":
         kind = _make_gather_excite
     known = inspect.signature(kind).parameters

@@ -349,7 +349,7 @@ def test_a_plan_reaches_nothing_but_the_network(target, field):
     {"sites": 7}, {"sites": [7]}, {"sites": [{}]}, {"sites": {}}, {"passed_over": [None]}, {"calls": []}, {"calls": {}},
     {"calls": {":forward": {}}}, {"calls": {":forward": {"args": 3, "kwargs": {}}}}, {"divisor": 0},
     {"divisor": 1 << 40}, {"divisor": True}, {"bias": 1}, {"squeeze": "os"}, {"gate": []}, {"block": 7},
-    {"block": "os:system"},
+    {"block": "os:system"}, {"block": ""},
     {"block": "torch:load"}, {"block": "timm.layers:EcaModule"}, {"placement": None}, {"at": ["residual", 7]},
     {"model": ["x"]}, {"version": 99}, {"version": None}, {"version": -1e400}, {"other": 1},
 ])  # fmt: skip

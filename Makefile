@@ -32,7 +32,7 @@ floors:  ## the tests with the oldest packages that pyproject.toml allows, in an
 	rm -rf .floors
 	$(PYTHON) -m venv .floors
 	.floors/bin/python -m pip install --quiet uv
-	.floors/bin/uv pip install --python .floors/bin/python --resolution lowest-direct --editable '.[dev]'
+	.floors/bin/uv pip install --python .floors/bin/python --resolution lowest-direct --editable '.[dev]' 'pyarrow<22'
 	.floors/bin/python -m pytest -p no:cacheprovider $(OLD)
 
 audit: $(INSTALLED)  ## known vulnerabilities of the packages in .venv; asks PyPI

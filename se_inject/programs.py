@@ -12,6 +12,7 @@ import io
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -192,13 +193,17 @@ def _open_onnx(data: bytes) -> Callable[..., list[Tensor]]:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    """Keep torch from printing graphs and logging; what matters of it is in its errors, which are reported once."""
+    """Keep torch from printing graphs and logging; what matters of it is in its errors, which are reported once.
+
+    torch 2.9 warns of the bytes of each file that it reads.
+    """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()):
+        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,7 @@ def _find_timm(name: str) -> Callable[[Site, Plan], nn.Module]:
     from timm.layers import get_attn
 
     try:
-        kind = get_attn(name) if name else None
+        kind: Any = get_attn(name) if name else None
     except AssertionError:
         kind = None
     if kind is None:

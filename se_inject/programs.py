@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -195,14 +195,14 @@ def _open_onnx(data: bytes) -> Callable[..., list[Tensor]]:
 def _hushed() -> Iterator[None]:
     """Keep torch from printing graphs and logging; what matters of it is in its errors, which are reported once.
 
-    torch 2.9 warns of the bytes of each file that it reads.
+    With torch 2.9 the bytes of a file are warned of when they are read, and onnxscript prints what rules it applied.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        with redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
             yield
     finally:

@@ -125,7 +125,7 @@ def test_files_name_no_folder_of_this_machine(places):
             content = path.read_bytes()
             assert [folder for folder in folders if folder.encode() in content] == [], path.name
         for suffix in (".pt2", ".onnx"):
-            assert b"tests/nets.py" in (place / f"{name}{suffix}").read_bytes()
+            assert b"se_inject/block.py" in (place / f"{name}{suffix}").read_bytes()
 
 
 def test_a_file_is_named_as_python_finds_it(monkeypatch):

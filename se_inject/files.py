@@ -165,9 +165,10 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
 
 
 def _read_safetensors(path: Path) -> object:
-    with safetensors.safe_open(path, framework="pt") as file:
+    with safetensors.safe_open(path, framework="pt") as file:  # once: another writer may replace it meanwhile
         values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-    return {**values, "state_dict": safetensors.torch.load_file(path)} if isinstance(values, dict) else values
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+    return {**values, "state_dict": tensors} if isinstance(values, dict) else values
 
 
 def _read_torch(path: Path) -> object:

@@ -118,7 +118,7 @@ def inspect_border(twin: Twin, entry: Entry, call: Call) -> Inspection:
 
 def _place_border(entry: Entry, value: object, border: Border, owner: nn.Module) -> Place:
     name = f"{border} of {type(owner).__name__}"
-    place = Place(entry, border == "output", border, name, (), (), 0, 0, 0, 2, 1, "its output is no map")
+    place = Place(entry, int(border == "output"), border, name, (), (), 0, 0, 0, 2, 1, "its output is no map")
     if not is_map(value):
         return place
     dim = get_channel_dim(value)

@@ -245,4 +245,6 @@ def _is_of(value: object, kind: Any) -> bool:
         return isinstance(value, str) and value.isprintable()
     if kind is float:
         return type(value) in (int, float)
+    if kind is int:  # files of version 1 have false for an index of 0
+        return isinstance(value, int)
     return isinstance(value, dict) if get_origin(kind) is Mapping else type(value) is kind

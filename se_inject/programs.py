@@ -168,11 +168,21 @@ def _serialize_onnx(exported: ExportedProgram, names: Sequence[Mapping[int, str]
         exported,
         dynamo=True,
         output_names=["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))],
-        dynamic_shapes=tuple(dict(open_dims) or None for open_dims in names) if any(names) else None,  # the names alone
+        dynamic_shapes=_name_once(names) if any(names) else None,  # the names alone
         verbose=False,
     )
     assert program is not None
     return cast("bytes", program.model_proto.SerializeToString())
+
+
+def _name_once(names: Sequence[Mapping[int, str]]) -> tuple[dict[int, str] | None, ...]:
+    """Give each open dimension's name where it comes first; torch finds those that are the same."""
+    seen: set[str] = set()
+    found: list[dict[int, str] | None] = []
+    for open_dims in names:
+        found.append({dim: name for dim, name in open_dims.items() if name not in seen} or None)
+        seen.update(open_dims.values())
+    return tuple(found)
 
 
 def _open_onnx(data: bytes) -> Callable[..., list[Tensor]]:

@@ -45,7 +45,7 @@ def replay_plan(model: nn.Module, plan: Plan, *, block: Callable[[int], nn.Modul
     if Entry("").key not in plan.calls:
         raise PlanError("the plan does not say what the network is called with; make a new one")
     if not 1 <= plan.divisor <= _MAX_DIVISOR or len({site.path for site in plan.sites}) < len(plan.sites):
-        raise PlanError(f"the plan has two sites of one name, or a divisor beyond {_MAX_DIVISOR}; make a new one")
+        raise PlanError(f"the plan has two sites of one name, or a divisor beyond 1 to {_MAX_DIVISOR}; make a new one")
     for entry, sites in plan.iterate_entries():
         where = f"the plan does not fit {type(model).__name__} at {entry}"
         if entry.method not in METHODS:

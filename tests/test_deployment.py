@@ -419,6 +419,7 @@ def test_the_command_names_the_file_itself_and_speaks_json(run, file, resnet, tm
         "out": "model.pt2",
         "format": "torch.export",
         "batch": "dynamic",
+        "size": "fixed",
         "inputs": [["N", 3, 32, 32]],
         "parameters": sum(p.numel() for p in resnet.parameters()),
         "notes": [],

@@ -83,7 +83,7 @@ def test_a_pruned_network_is_kept_as_a_module_and_can_be_optimized(tmp_path):
         assert torch.equal(torch.load(tmp_path / "whole.pt", weights_only=False)(x), model(x))
         torch.testing.assert_close(optimize(model, example=x)(x), model(x), rtol=1e-4, atol=1e-5)
     save(model, tmp_path / "model.pt")
-    with pytest.raises(ArtifactError, match="is of another network: .* tensors differ in name or shape"):
+    with pytest.raises(ArtifactError, match="is of another network: .* tensors differ in name, shape or type"):
         load(tmp_path / "model.pt", base=make_original)
 
 

@@ -13,6 +13,7 @@ from se_inject.errors import ArtifactError, ModelError, SEInjectError
 from se_inject.standard import find_standard_form
 from tests import nets
 from tests.equality import assert_same_network
+from tests.forgery import forge
 from tests.test_rewrite import IDS, NETS
 
 
@@ -398,9 +399,8 @@ def test_files_and_pickles_keep_the_gain(tmp_path, x, suffix):
 
 def test_a_file_with_gains_of_other_blocks_is_refused(tmp_path):
     save(standardize(inject(nets.TwoBranches())), tmp_path / "model.pt")
-    content = torch.load(tmp_path / "model.pt", weights_only=True)
     for gains in ({"none": 1.0}, {"se": "1"}, [1.0]):
-        torch.save({**content, "gains": gains}, tmp_path / "model.pt")
+        forge(tmp_path / "model.pt", lambda content: content.update(gains=gains))  # noqa: B023
         with pytest.raises(ArtifactError, match="its gains are not those of the 2 blocks"):
             load(tmp_path / "model.pt", base=nets.TwoBranches)
 

@@ -42,7 +42,7 @@ class Twin:
 def alone() -> Iterator[None]:
     """Let one thread at a time look at a network's code, or write code.
 
-    Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11.2 fails
+    Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11 fails
     where two threads use `ast` at once.
     """
     with _ALONE:

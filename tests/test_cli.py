@@ -228,7 +228,7 @@ def test_bad_files_get_one_line(run, tmp_path):
     assert "no artifact of se-inject" in failure(run("plan", "state.pt"))
     forge(tmp_path / "model.pt", lambda content: content.update(version=9), target=tmp_path / "newer.pt")
     assert "has format version 9" in failure(run("plan", "newer.pt"))
-    for name, line in (("resnet34", "is of another network"), ("resnet50", "more weights than the 11,789,244 of the")):
+    for name, line in (("resnet34", "is of another network"), ("vgg19", "more weights than the 11,789,244 of the")):
         target = tmp_path / f"{name}.pt"
         forge(tmp_path / "model.pt", lambda content: content["source"].update(name=name), target=target)  # noqa: B023
         assert line in failure(run("plan", target.name))

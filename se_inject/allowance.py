@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 _FACTORIES = ("empty", "empty_strided", "zeros", "ones", "full", "rand", "randn", "eye", "arange")
 _SLACK = 8
-"""Initialisation makes some numbers twice; torchvision's SSD makes a VGG and drops its classifier, most of the weights."""
+"""Initialisation makes some numbers twice; torchvision's SSD makes a VGG and drops its classifier, most of it."""
 _SPARE = 1 << 20
 """For what a network makes and does not keep, such as grids."""
 

@@ -60,7 +60,7 @@ def build(create: Callable[[], Any], name: str) -> Any:
 def get_sentence(error: BaseException) -> str:
     """Return the first sentence of an error's message, or its type where it has none."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return first.partition(". ")[0].rstrip(".")
+    return "".join(c if c.isprintable() else "?" for c in first.partition(". ")[0].rstrip("."))
 
 
 @contextmanager

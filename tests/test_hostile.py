@@ -408,7 +408,8 @@ def test_a_site_that_stands_twice_is_refused(target):
     {"options": {"num_classes": 10**9}}, {"options": {"num_classes": 10**30}}, {"options": {"channels": [1 << 20] * 4}},
     {"options": {"channels": "abcd"}}, {"options": {"num_classes": -1}}, {"options": {"num_classes": None}},
     {"options": {"act_layer": "os.system"}}, {"options": {"block": "os.system"}}, {"options": {"self": 1}},
-    {"options": {"nothing": 1}}, {"options": {"__class__": 1}}, {"options": {"layers": [10**9] * 4}},
+    {"options": {"nothing": 1}}, {"options": {"\u202e": 1}}, {"options": {"__class__": 1}},
+    {"options": {"layers": [10**9] * 4}},
     {"name": 7}, {"options": []}, {"classes": {}}, {"weights": None}, {"more": 1}, {"name": "\x1b[31mresnet18\n"},
 ])  # fmt: skip
 def test_a_source_makes_nothing_happen(target, bounded, tmp_path, monkeypatch, source):

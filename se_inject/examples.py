@@ -103,7 +103,7 @@ def find_running(
     for call in calls:
         try:
             return call, run(call)
-        except Exception as error:  # noqa: BLE001, PERF203  the user's forward raises what it likes
+        except Exception as error:  # noqa: BLE001  the user's forward raises what it likes
             failures.append((call, error))
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; give example=")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_type
 
 import torch
 import xarray
 from torch import nn
-from typing_extensions import assert_type
 
 import se_inject
 from se_inject import (

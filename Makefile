@@ -33,7 +33,8 @@ floors:  ## the tests with the oldest packages that pyproject.toml allows, in an
 	$(PYTHON) -m venv .floors
 	.floors/bin/python -m pip install --quiet uv
 	.floors/bin/uv pip install --python .floors/bin/python --resolution lowest-direct --editable '.[dev]' 'pyarrow<22'
-	.floors/bin/python -m pytest -p no:cacheprovider $(OLD)
+	.floors/bin/python -m tests.floors
+	.floors/bin/python -m pytest -n 2 -p no:cacheprovider $(OLD)
 
 audit: $(INSTALLED)  ## known vulnerabilities of the packages in .venv; asks PyPI
 	$(BIN)/python -m pip freeze --exclude-editable >.venv/audit.txt

@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao"),
 ]
+TORCHAO = pytest.mark.filterwarnings("ignore::UserWarning")  # 0.15 warns of torch 2.9's settings, and of poolings
 QUANTISED_TENSORS = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, :UserWarning")  # torch's own use
 
 
@@ -104,6 +105,7 @@ def test_other_places_are_pruned_too(make, options, channels):
     assert model(torch.randn(X)).isfinite().all()
 
 
+@TORCHAO
 def test_torchao_quantises_the_weights_alone(tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -116,24 +118,35 @@ def test_torchao_quantises_the_weights_alone(tmp_path):
             quantize_(model, Int8WeightOnlyConfig())
         assert torch.equal(fresh(x), original(x))
         assert_close_enough(tuned(x), expected, 0.05)
-    assert type(tuned.head.fc.weight).__name__ == "Int8Tensor"
-    with pytest.raises(ArtifactError, match=r"fc\d?.weight is a tensor of the class Int8Tensor .*: save first, quanti"):
+    name = type(tuned.head.fc.weight).__name__
+    assert name in {"Int8Tensor", "AffineQuantizedTensor"}  # the latter up to 0.17
+    with pytest.raises(ArtifactError, match=rf"fc\d?.weight is a tensor of the class {name} .*: save first, quanti"):
         save(tuned, tmp_path / "model.pt")
 
 
+@TORCHAO
 def test_torchao_quantises_an_exported_program():
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    model = make_tuned()
     x = torch.randn(X)
-    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
-    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+
+    def quantise(model):
+        quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+        prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+        with torch.no_grad():
+            prepared(x)
+            converted = convert_pt2e(prepared)
+        return converted, sum("quantize_per_tensor" in str(node.target) for node in converted.graph.nodes)
+
+    _, expected = quantise(make_original().eval())
+    if not expected:
+        pytest.skip("this torchao quantises nothing of a program of this torch, with or without blocks")
+    model = make_tuned()
+    converted, num_quantised = quantise(model)
+    assert num_quantised >= expected
     with torch.no_grad():
-        prepared(x)
-        converted = convert_pt2e(prepared)
         assert_close_enough(converted(x), model(x), 0.1)
-    assert any("quantize_per_tensor" in str(node.target) for node in converted.graph.nodes)
 
 
 @QUANTISED_TENSORS

@@ -6,10 +6,11 @@ may come from anybody: what it makes us do is bounded by its size.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,22 @@ _NUM_VIEWS = 4
 """How often the tensors may show each byte of the file: tied weights and views do it a few times."""
 
 
-def check_archive(path: Path) -> None:
+def check_archive(file: IO[bytes], path: Path) -> None:
     """Refuse a zip archive that is not laid out as torch lays it out: entries as they are, one after the other.
 
     Compressed entries could be a thousand times their size; overlapping ones are read many times.
+
+    Args:
+        file: The open archive.
+        path: What it is called.
 
     Raises:
         ArtifactError: It has compressed or encrypted entries, some that overlap or reach beyond the file, or two of one
             name.
         BadZipFile: It is no archive.
     """
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
         entries = sorted(archive.infolist(), key=lambda entry: entry.header_offset)
     if len({entry.filename for entry in entries}) != len(entries):
         raise _refuse(path, "two entries of its archive have the same name")

@@ -148,7 +148,8 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
     if not path.is_file():
         raise ArtifactError(f"there is no file {path}")
     try:
-        content = _read_safetensors(path) if path.suffix == SAFETENSORS else _read_torch(path)
+        with path.open("rb") as file:
+            content = _read_safetensors(file, path) if path.suffix == SAFETENSORS else _read_torch(file, path)
     except ArtifactError:
         raise
     except pickle.UnpicklingError as error:
@@ -164,20 +165,25 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
     return content
 
 
-def _read_safetensors(path: Path) -> object:
-    with safetensors.safe_open(path, framework="pt") as file:  # once: another writer may replace it meanwhile
-        values = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dict
+def _read_safetensors(file: IO[bytes], path: Path) -> object:
+    with safetensors.safe_open(_hold(file, path), framework="pt") as opened:
+        values = json.loads((opened.metadata() or {}).get(_METADATA_KEY, "{}"))
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  it is no dict
     return {**values, "state_dict": tensors} if isinstance(values, dict) else values
 
 
-def _read_torch(path: Path) -> object:
-    with path.open("rb") as opened:
-        is_archive = opened.read(len(_ZIP)) == _ZIP
+def _read_torch(file: IO[bytes], path: Path) -> object:
+    is_archive = file.read(len(_ZIP)) == _ZIP
     if is_archive:
-        check_archive(path)
+        check_archive(file, path)
     # Mapped memory ends where the file does: what a record claims beyond it is never there to be read.
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=is_archive)
+    return torch.load(_hold(file, path), map_location="cpu", weights_only=True, mmap=is_archive)
+
+
+def _hold(file: IO[bytes], path: Path) -> Path:
+    """Name an open file by what stays its own: both readers open a path twice, and a writer may come in between."""
+    held = Path(f"/proc/self/fd/{file.fileno()}")
+    return held if held.exists() else path
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

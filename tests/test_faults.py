@@ -134,10 +134,10 @@ def test_what_killed_writers_left_is_removed_later(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([young.name, other.name, "x.pt"])
 
 
-def write_often(path, value, number):
+def write_often(path, value, enough):
     torch.set_num_threads(1)
     model = make_model(value)
-    for _ in range(number):
+    while not enough.is_set():
         save(model, path)
 
 
@@ -147,12 +147,17 @@ def test_two_writers_of_one_file_leave_it_whole(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
     save(NETWORK, path)
     context = multiprocessing.get_context("spawn")
-    writers = [context.Process(target=write_often, args=(path, value, 60)) for value in (A, B)]
+    enough = context.Event()
+    writers = [context.Process(target=write_often, args=(path, value, enough), daemon=True) for value in (A, B)]
     for writer in writers:
         writer.start()
-    seen = set()
-    while any(writer.is_alive() for writer in writers):
-        seen.add(take_one(list(load(path, base=nets.TwoBranches).parameters())))
+    seen, num_changes = [A], 0
+    while num_changes < 40 and all(writer.is_alive() for writer in writers):
+        seen.append(take_one(list(load(path, base=nets.TwoBranches).parameters())))
+        num_changes += seen[-1] != seen[-2]
+    enough.set()
+    for writer in writers:
+        writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
-    assert seen == {A, B}
+    assert set(seen) == {A, B}
     assert list(tmp_path.iterdir()) == [path]

@@ -209,6 +209,7 @@ def run_until(job, folder, stop):
 
 
 def test_a_second_ctrl_c_is_at_once(digits, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is in the background without it
     job = make_job(digits)
     original = job.model.fc.forward
 

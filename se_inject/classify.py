@@ -96,7 +96,7 @@ def _measure_depth(nodes: set[fx.Node], order: dict[fx.Node, int]) -> int:
 
 
 def _find_attention(nodes: set[fx.Node]) -> str:
-    for node in nodes:
+    for node in sorted(nodes):  # the first in the graph: a plan is the same each time
         # A child that merges maps of its own is a stretch of network, not a layer of this branch; CBAM, which sums
         # squeezed vectors and joins a mean and a maximum over the channels, is still one layer.
         merges = [m for m in node.meta["work"].merges if m.shape[2:] != (1, 1) and m.shape[1] > 2]

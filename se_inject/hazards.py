@@ -28,7 +28,7 @@ def find_overwriting(trace: Trace, source: fx.Node, consumers: Sequence[fx.Node]
             return f"its branch is a part of a larger map, which is written on in place ({get_label(node)})"
         if written & aliases and node not in consumers:
             return f"its branch is overwritten in place afterwards ({get_label(node)})"
-        for alias in aliases if written else ():
+        for alias in sorted(aliases) if written else ():
             read_later = any(order[user] > order[node] for user in alias.users if user not in consumers)
             if alias.op == "placeholder" or read_later:
                 return f"its sum is written over {get_label(alias)}, which is read again"

@@ -138,6 +138,21 @@ def test_attention_of_timm_is_recognised_by_its_structure(name):
     assert "channel attention (attn)" in only(WithAttention()).reason
 
 
+def test_of_several_attentions_the_first_is_named_each_time():
+    from timm.layers import SEModule
+
+    class Twice(nets.Residual):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = (SEModule(16) for _ in range(3))
+
+        def forward(self, x):
+            return x + self.third(self.second(self.first(self.branch(x))))
+
+    reasons = {only(Twice()).reason for _ in range(10)}
+    assert reasons == {"its branch already carries channel attention (first)"}
+
+
 def test_parallel_linear_layers_are_a_fusion():
     merge = only(nets.RepVgg())
     assert merge.kind == "fusion"

@@ -39,7 +39,7 @@ PAIRS = {
     "resnext50_32x4d": "seresnext50_32x4d",
 }
 """Plain networks and their counterparts in timm."""
-_BATCH_SIZE, _SIZE = 8, 224
+_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ COLUMNS = {
 }
 
 
-def measure_pair(name: str) -> dict[str, Row]:
+def measure_pair(name: str, batch_size: int) -> dict[str, Row]:
     """Count the bytes of a plain network, of timm's counterpart, and of the injected one."""
     makers: dict[str, Callable[[], nn.Module]] = {
         "plain": lambda: timm.create_model(name),
         "timm": lambda: timm.create_model(PAIRS[name]),
         "se-inject": lambda: se_inject.inject(timm.create_model(name)),
     }
-    images = torch.randn(_BATCH_SIZE, 3, _SIZE, _SIZE)
+    images = torch.randn(batch_size, 3, _SIZE, _SIZE)
     found = {}
     for kind, make in makers.items():
         model = make()
@@ -76,12 +76,13 @@ def measure_pair(name: str) -> dict[str, Row]:
     return found
 
 
-def write_table(found: Mapping[str, Mapping[str, Row]], setting: Mapping[str, str]) -> str:
+def write_table(found: Mapping[str, Mapping[str, Row]], setting: Mapping[str, str], batch_size: int) -> str:
     """Write the ratios to the plain network as a table."""
     lines = [
-        "# Memory traffic of SE, counted", "", f"`python -m benchmarks.traffic --networks {' '.join(found)}`", "",
+        "# Memory traffic of SE, counted", "",
+        f"`python -m benchmarks.traffic --networks {' '.join(found)} --batch-size {batch_size}`", "",
         "; ".join(f"{key} {value}" for key, value in setting.items()) + ".", "",
-        f"Batches of {_BATCH_SIZE} images of {_SIZE} pixels, fp32, contiguous. The plain network is 1 (optimized: with",
+        f"Batches of {batch_size} images of {_SIZE} pixels, fp32, contiguous. The plain network is 1 (optimized: with",
         "its batch norms folded).", "",
         f"| network | SE | {' | '.join(COLUMNS.values())} |",
         "|---|---|" + "---|" * len(COLUMNS),
@@ -99,13 +100,14 @@ def main() -> None:
     """Count, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path, default=_FOLDER / "traffic.json")
     options = parser.parse_args()
-    found = {name: measure_pair(name) for name in options.networks}
+    found = {name: measure_pair(name, options.batch_size) for name in options.networks}
     setting = describe_setting()
     values = {name: {kind: asdict(row) for kind, row in kinds.items()} for name, kinds in found.items()}
     options.out.write_text(json.dumps({"setting": setting, "bytes": values}, indent=1) + "\n")
-    table = write_table(found, setting)
+    table = write_table(found, setting, options.batch_size)
     options.out.with_suffix(".md").write_text(table)
     print(table)
 

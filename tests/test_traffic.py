@@ -36,7 +36,7 @@ def test_blocks_cost_traffic_and_the_table_has_the_ratios():
     assert counted[1].training > counted[0].training
     rows = [Row(*vars(traffic).values(), 100) for traffic in counted]
     twice = Row(*(2 * n for n in vars(rows[0]).values()))
-    table = write_table({"resnet18": {"plain": rows[0], "se-inject": rows[1], "timm": twice}}, {})
+    table = write_table({"resnet18": {"plain": rows[0], "se-inject": rows[1], "timm": twice}}, {}, 8)
     assert "| resnet18 (seresnet18) | timm | 2.000 | 2.000 | 2.000 | 2.000 | 2.000 |" in table
 
 

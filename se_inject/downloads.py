@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-from se_inject.errors import SourceError
+from se_inject.errors import SourceError, get_first_line
 
 NO_NETWORK = "give --weights FILE to load them from a file, or --no-pretrained for random ones"
 
@@ -59,8 +59,7 @@ def build(create: Callable[[], Any], name: str) -> Any:
 
 def get_sentence(error: BaseException) -> str:
     """Return the first sentence of an error's message, or its type where it has none."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return "".join(c if c.isprintable() else "?" for c in first.partition(". ")[0].rstrip("."))
+    return get_first_line(error).partition(". ")[0].rstrip(".")
 
 
 @contextmanager

@@ -67,3 +67,13 @@ class DataError(SEInjectError, ValueError):
 
 class TrainingError(SEInjectError, RuntimeError):
     """A training run cannot go on; the message says where it stopped and what is kept."""
+
+
+def get_first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, as it can be printed, or its type where it has none."""
+    return make_printable((str(error).strip().splitlines() or [type(error).__name__])[0])
+
+
+def make_printable(text: object) -> str:
+    """Write a text without what would move a terminal's cursor, or hide what follows: it may come from a file."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.calls import Call
-from se_inject.errors import ExampleError
-from se_inject.twin import Twin, get_dtype, get_first_line
+from se_inject.errors import ExampleError, get_first_line
+from se_inject.twin import Twin, get_dtype
 
 Result = TypeVar("Result")
 

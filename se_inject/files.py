@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from se_inject.claims import check_archive, check_tensors
-from se_inject.errors import ArtifactError
+from se_inject.errors import ArtifactError, get_first_line
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pt", ".pth", SAFETENSORS)
@@ -157,9 +157,8 @@ def read_values(path: Path, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Any
         what = f"it names {found[1]}" if found else "or it is no file of torch's"
         raise ArtifactError(f"{path} holds more than tensors and plain values, and is not executed: {what}") from error
     except Exception as error:  # torch's reader raises whatever its next line stumbles on
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        reason = ascii(line)[1:-1] if not line.isprintable() else line
-        raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {reason:.300}") from error
+        line = get_first_line(error)
+        raise ArtifactError(f"{path} cannot be read, it is cut short or no file of tensors: {line:.300}") from error
     if not isinstance(content, dict):
         raise ArtifactError(f"{path} holds a {type(content).__name__}; expected a dict of tensors")
     return content

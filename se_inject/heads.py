@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from se_inject.errors import DataError
+from se_inject.errors import DataError, get_first_line
 from se_inject.rewrite import blocks
-from se_inject.twin import get_device, get_dtype, get_first_line, set_training
+from se_inject.twin import get_device, get_dtype, set_training
 
 Classifier = nn.Linear | nn.Conv2d
 

@@ -20,11 +20,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from se_inject.contents import copy_stream, count_images
 from se_inject.datasets import Data
-from se_inject.errors import DataError
+from se_inject.errors import DataError, get_first_line
 from se_inject.formats import InputFormat, Transform, make_eval_transform, make_train_transform
 from se_inject.reading import NO_LABEL, BadImages, Images, Key, refuse_label, seed_all
 from se_inject.recipe import Recipe
-from se_inject.twin import get_first_line
 from se_inject.world import World
 
 Batches = Iterable[tuple[Tensor, Tensor]]

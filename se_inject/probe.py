@@ -20,12 +20,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._pytree import tree_map
 
 from se_inject.calls import METHODS, Call, Entry
-from se_inject.errors import ExampleError
+from se_inject.errors import ExampleError, get_first_line
 from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
-from se_inject.twin import Twin, check_model, get_device, get_first_line, make_twin, quiet, set_training
+from se_inject.twin import Twin, check_model, get_device, make_twin, quiet, set_training
 
 # What a forward raises over fake tensors where it asks for values.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)

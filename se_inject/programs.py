@@ -25,8 +25,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves
 
 from se_inject.calls import Call
-from se_inject.errors import ExportError
-from se_inject.twin import get_first_line
+from se_inject.errors import ExportError, get_first_line
 
 TORCH, ONNX = ".pt2", ".onnx"
 INSTALL = "pip install 'se-inject[onnx]'"

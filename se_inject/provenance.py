@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from se_inject.errors import SourceError
+from se_inject.errors import SourceError, make_printable
 
 Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
@@ -62,8 +62,8 @@ class Source:
             raise SourceError("the file does not say how its network is built")
         if not all(map(_is_setting, given["preprocess"].values())):
             raise SourceError("the file does not say how images become inputs of its network")
-        shown = {key: _make_printable(given[key]) for key in ("name", "weights")}
-        return cls(**{**given, **shown, "classes": tuple(map(_make_printable, given["classes"]))})
+        shown = {key: make_printable(given[key]) for key in ("name", "weights")}
+        return cls(**{**given, **shown, "classes": tuple(map(make_printable, given["classes"]))})
 
 
 def _is_setting(value: object) -> bool:
@@ -73,7 +73,3 @@ def _is_setting(value: object) -> bool:
     return (
         value is None or isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and abs(value) <= _MAX_SIZE)
     )
-
-
-def _make_printable(text: object) -> str:
-    return "".join(c if c.isprintable() else "?" for c in str(text))

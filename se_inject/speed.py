@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.calls import Entry, decode_call
 from se_inject.ejection import eject
-from se_inject.errors import ExampleError
+from se_inject.errors import ExampleError, get_first_line
 from se_inject.optimization import optimize
 from se_inject.rewrite import find_plan, get_plan, inject
 from se_inject.timing import PLAIN, Conditions, Timing, cast_maps, make_run, take_timings
 from se_inject.traffic import ByteCounter, measure_traffic
-from se_inject.twin import get_first_line, make_twin
+from se_inject.twin import make_twin
 
 
 @dataclass(frozen=True)

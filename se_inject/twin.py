@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
 from se_inject.block import is_block
-from se_inject.errors import ModelError
+from se_inject.errors import ModelError, get_first_line
 
 _ALONE = threading.RLock()
 
@@ -147,8 +147,3 @@ def _get_own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None)
     yield from (v for v in vars(module).values() if isinstance(v, Tensor))
-
-
-def get_first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

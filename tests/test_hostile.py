@@ -382,6 +382,13 @@ def test_a_call_of_other_things_is_refused(target, bounded, tensor):
     refused(lambda: load(target), "is of another network|not a plan|refused")
 
 
+@pytest.mark.parametrize("name", ["\x00", "\u202e", "\x1b[2J", "a\nb"])
+def test_an_argument_of_another_name_is_refused(target, name):
+    target.write_bytes((FOLDER / "optimized-2.pt").read_bytes())
+    forge(target, lambda content: content["optimization"].update(kwargs={name: 1}))
+    refused(lambda: load(target), "is of another network: ResNet does not run on an input .* keyword argument")
+
+
 def test_json_a_thousand_levels_deep_is_no_plan():
     for text in ("[" * 100_000, '{"version": 1, "sites": ' + "[" * 1000 + "]" * 1000 + ', "passed_over": []}'):
         refused(lambda: Plan.from_json(text), "not a plan of se-inject")  # noqa: B023

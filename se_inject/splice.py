@@ -19,7 +19,7 @@ from torch import fx, nn
 from se_inject.codegen import Method, write_parameters
 from se_inject.errors import TraceError
 from se_inject.functions import ADDITIONS, CONCATENATIONS
-from se_inject.hazards import get_ancestors
+from se_inject.hazards import get_ancestors, get_descendants
 from se_inject.operations import is_map
 from se_inject.places import Place
 from se_inject.tracing import Trace
@@ -167,13 +167,18 @@ def _get_operation(trace: Trace, place: Place) -> tuple[fx.Node, list[fx.Node]]:
                 chosen, operand = operation, source
                 break
             holding = [x for x in operation.all_input_nodes if x not in operations and consumer in get_ancestors(x)]
-            if len(holding) == 1:
+            if len(holding) == 1 and not _has_layers(consumer, holding[0]):
                 chosen, operand = operation, holding[0]
                 break
         else:
             return chosen, []
         operands.append(operand)
     return chosen, operands
+
+
+def _has_layers(first: fx.Node, last: fx.Node) -> bool:
+    """Tell whether there are layers from one node to another: what is gated before them is not what is gated after."""
+    return any(node.meta["work"].layers for node in get_ancestors(last) & get_descendants(first))
 
 
 def _find_splice(trace: Trace, place: Place) -> Splice:

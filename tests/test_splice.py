@@ -184,6 +184,22 @@ def test_a_merge_without_room_for_a_block_is_passed_over(kind):
     assert {item.reason for item in plan.passed_over} == {"its code depends on the size or type of its input"}
 
 
+class Resized(Sized):
+    def forward(self, x):
+        x = self.prepare(x)
+        return torch.cat([x, F.interpolate(self.branch(x), size=x.shape[2:])], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("placement", "kind", "channels"), [("pre", Dropped, 16), ("pre", Resized, 32), ("conv3x3", Dropped, 16)]
+)
+def test_what_is_gated_within_a_branch_has_no_room_in_the_source(placement, kind, channels):
+    net = nn.Sequential(nets.conv(3, 16), kind(), nets.Residual(channels))
+    plan = make_plan(net, placement=placement)
+    assert [site.owner for site in plan.sites] == ["2"]
+    assert "its code depends on the size or type of its input" in {item.reason for item in plan.passed_over}
+
+
 def test_merges_of_one_line_that_differ_are_passed_over():
     class Growing(nn.Module):
         def __init__(self):

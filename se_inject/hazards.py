@@ -48,16 +48,8 @@ def find_writing_between(trace: Trace, operations: list[fx.Node], operands: list
 
 
 def get_ancestors(node: fx.Node) -> set[fx.Node]:
-    """Return the node and all that its numbers were computed from.
-
-    Not what only gave a size, as the map does to whose size another one is scaled before the two are added.
-    """
-    return _collect(node, lambda n: (source for source in n.all_input_nodes if not _is_size(source)))
-
-
-def _is_size(node: fx.Node) -> bool:
-    leaves = tree_leaves(node.meta.get("value"))
-    return bool(leaves) and all(isinstance(x, (int, float, torch.Size)) for x in leaves)
+    """Return the node and all that it was computed from."""
+    return _collect(node, lambda n: n.all_input_nodes)
 
 
 def get_descendants(node: fx.Node) -> set[fx.Node]:

@@ -172,20 +172,6 @@ def test_operands_without_a_shortcut_are_a_fusion():
     assert (merge.kind, merge.reason) == ("fusion", "neither operand is a shortcut of the other")
 
 
-def test_a_map_that_only_gives_its_size_is_no_ancestor():
-    class Pyramid(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lateral, self.top = nets.conv(16, 16, kernel=1), nets.conv(16, 16, kernel=1)
-
-        def forward(self, x, y):
-            lateral = self.lateral(x)
-            return lateral + nn.functional.interpolate(self.top(y), size=lateral.shape[-2:])
-
-    merge = only(Pyramid(), SHAPE, (*SHAPE[:2], 4, 5))
-    assert (merge.kind, merge.reason) == ("fusion", "neither operand is a shortcut of the other")
-
-
 def test_a_branch_without_a_convolution_is_passed_over():
     class Pooled(nn.Module):
         def forward(self, x):

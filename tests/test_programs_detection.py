@@ -52,7 +52,7 @@ def test_a_detector_finds_the_same_and_its_blocks_learn(extract, is_first):
     original = make_detector(copy.deepcopy(body), extract)
     model = make_detector(inject(body), extract) if is_first else inject(original)
     expected = [f"backbone.body.layer{i}.{j}.se" for i in range(1, 5) for j in range(2)]
-    assert list(blocks(model)) == expected  # none in the pyramid, whose sums have no shortcut
+    assert [path for path in blocks(model) if path.startswith("backbone.body.")] == expected
     images = make_images()
     with torch.no_grad():
         expected, found = original.eval()(images), model.eval()(images)

@@ -151,13 +151,14 @@ def test_two_writers_of_one_file_leave_it_whole(tmp_path, suffix):
     writers = [context.Process(target=write_often, args=(path, value, enough), daemon=True) for value in (A, B)]
     for writer in writers:
         writer.start()
-    seen, num_changes = [A], 0
-    while num_changes < 40 and all(writer.is_alive() for writer in writers):
+    seen, num_changes, deadline = [A], 0, time.monotonic() + 300
+    while num_changes < 40 and all(writer.is_alive() for writer in writers) and time.monotonic() < deadline:
         seen.append(take_one(list(load(path, base=nets.TwoBranches).parameters())))
         num_changes += seen[-1] != seen[-2]
     enough.set()
     for writer in writers:
         writer.join(60)
     assert [writer.exitcode for writer in writers] == [0, 0]
+    assert num_changes == 40
     assert set(seen) == {A, B}
     assert list(tmp_path.iterdir()) == [path]

@@ -7,6 +7,7 @@ import timm
 import torch
 import torch_pruning
 import torchvision
+from packaging.version import Version
 from torch import nn
 
 from se_inject import blocks, eject, inject, load, optimize, save
@@ -140,8 +141,9 @@ def test_torchao_quantises_an_exported_program():
         return converted, sum("quantize_per_tensor" in str(node.target) for node in converted.graph.nodes)
 
     _, expected = quantise(make_original().eval())
-    if not expected:
-        pytest.skip("this torchao quantises nothing of a program of this torch, with or without blocks")
+    if not expected and Version(torch.__version__) < Version("2.10"):
+        pytest.skip("torchao quantises nothing of a program of torch 2.9, with or without blocks")
+    assert expected
     model = make_tuned()
     converted, num_quantised = quantise(model)
     assert num_quantised >= expected

@@ -1,4 +1,4 @@
-"""The expected failures of se-inject.
+"""The expected failures of se-inject, and how what others raise is put into their messages.
 
 Each message says what was found, what was expected and what to do. Everything derives from `SEInjectError`, so that a
 caller (and the command line) catches one type, and from the builtin exception that it is.

@@ -82,7 +82,7 @@ class Recipe:
     gates_share: float = 0.03
     gates_lr: float = 0.1
     lr: float = 0.01
-    se_lr: float = 0.1
+    se_lr: float = 0.01
     head_lr: float = 0.01
     warmup_share: float = 0.05
     min_lr_share: float = 0.01

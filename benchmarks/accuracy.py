@@ -34,7 +34,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ from benchmarks.setting import describe_setting
 from se_inject.calibration import calibrate
 from se_inject.errors import OptionError
 from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.places import Kind
 from se_inject.reading import seed_all
 from se_inject.recipe import DEFAULT_RECIPE, Recipe, read_recipe
 from se_inject.runlog import RunLog
@@ -85,6 +86,7 @@ class Run:
         r: The blocks' reduction ratio.
         input_size: Height and width of EfficientNet-Lite0's images.
         is_choosing: Whether it is scored on the first half of the test images alone, by which settings are chosen.
+        at: The kinds of places of the blocks, but for those of `every_conv`; those of `inject` if there are none.
     """
 
     network: str
@@ -96,6 +98,7 @@ class Run:
     r: float
     input_size: int
     is_choosing: bool
+    at: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,9 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
 def _get_start(run: Run, opened: Pretrained, world: World, files: Files) -> tuple[nn.Module, float]:
     """Make the network of a run, and score it before the first step; the same start is scored once a process."""
     seed_all(run.seed)
-    model = make_model(opened.model, "se" if run.arm == "search" else run.arm, r=run.r, size=opened.form.size)
-    key = (run.network, run.arm, run.share, run.seed, run.r, run.input_size, run.is_choosing)
+    arm = "se" if run.arm == "search" else run.arm
+    model = make_model(opened.model, arm, r=run.r, size=opened.form.size, at=run.at)
+    key = (run.network, run.arm, run.share, run.seed, run.r, run.input_size, run.is_choosing, run.at)
     if key not in (known := _get_known()):
         data = make_data(run.network, files.data, share=1, seed=run.seed)
         recipe = Recipe(batch_size=run.recipe["batch_size"], workers=run.recipe["workers"])
@@ -225,7 +229,7 @@ def list_runs(options: argparse.Namespace) -> list[Run]:
         Run(
             options.network, arm, share, epochs, seed,
             replace(recipes[arm], epochs=epochs, seed=seed).to_values(),
-            options.r, options.input_size, options.choosing,
+            options.r, options.input_size, options.choosing, tuple(options.at),
         )
         for share in sorted(options.share) for epochs in sorted(options.epochs)
         for seed in range(options.first_seed, options.first_seed + options.seeds) for arm in options.arms
@@ -268,7 +272,8 @@ def _perform_each(runs: list[Run], files: Files, num_jobs: int) -> Iterator[dict
 def _get_key(row: Mapping[str, Any]) -> str:
     """Return what tells runs apart."""
     ignored = ("workers", "checkpoint_minutes")
-    values = {name: row[name] for name in Run.__dataclass_fields__}
+    values = {name: row[name] for name in Run.__dataclass_fields__ if name != "at"}
+    values["at"] = list(row.get("at", ()))  # older rows are of the usual places
     values["recipe"] = {key: value for key, value in row["recipe"].items() if key not in ignored}
     return json.dumps(values, sort_keys=True)
 
@@ -288,6 +293,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="Of the arm se.")
     parser.add_argument("--set-all", action="append", default=[], metavar="KEY=VALUE", help="Of all arms.")
     parser.add_argument("--r", type=float, default=16, help="The blocks' reduction ratio.")
+    parser.add_argument("--at", nargs="+", choices=get_args(Kind), default=[], help="Kinds of places of the blocks.")
     parser.add_argument("--choosing", action="store_true", help="Score on every second test image alone.")
     parser.add_argument("--input-size", type=int, default=64, help="Of EfficientNet-Lite0's images.")
     parser.add_argument("--throughput", action="store_true", help="Measure the speed alone.")
@@ -313,7 +319,8 @@ def main() -> None:
         opened = open_pretrained(options.network, weights=options.weights, input_size=options.input_size, seed=0)
         with join_world(options.device) as world:
             for arm in ("control", "se"):
-                model = make_model(opened.model, arm, r=options.r, size=opened.form.size).to(world.device)
+                model = make_model(opened.model, arm, r=options.r, size=opened.form.size, at=options.at)
+                model.to(world.device)
                 throughput[f"{options.network}, {arm}"] = measure_throughput(model, opened.form, recipe, world)
     else:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -151,13 +151,15 @@ def open_pretrained(name: str, *, weights: Path | None, input_size: int, seed: i
     return Pretrained(model, InputFormat((3, 32, 32)))
 
 
-def make_model(plain: nn.Module, arm: str, *, r: float, size: tuple[int, int, int]) -> nn.Module:
+def make_model(
+    plain: nn.Module, arm: str, *, r: float, size: tuple[int, int, int], at: Sequence[str] = ()
+) -> nn.Module:
     """Make the network of an arm from the trained one, which is left as it is."""
     if arm in ("control", "control_distill"):
         return copy_model(plain)
     example = torch.zeros(2, *size)
-    at: tuple[Any, ...] = ("conv",) if arm == "every_conv" else ()
-    model = se_inject.inject(plain, r=r, at=at, example=example)
+    places: tuple[Any, ...] = ("conv",) if arm == "every_conv" else tuple(at)
+    model = se_inject.inject(plain, r=r, at=places, example=example)
     if arm != "se":
         for block in se_inject.blocks(model).values():
             assert isinstance(block, se_inject.SqueezeExcite)

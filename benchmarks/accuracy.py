@@ -44,6 +44,7 @@ import se_inject
 from benchmarks.accuracy_networks import (
     ARMS,
     NAMES,
+    PASTED,
     Pretrained,
     make_data,
     make_model,
@@ -51,7 +52,7 @@ from benchmarks.accuracy_networks import (
     open_pretrained,
     search_half,
 )
-from benchmarks.accuracy_report import summarise, write_table
+from benchmarks.accuracy_report import ONLY_SE, summarise, write_table
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
 from se_inject.calibration import calibrate
@@ -131,7 +132,12 @@ def make_recipe_of(arm: str, name: str, shared: list[str], own: list[str]) -> Re
     if arm == "control_distill":
         return replace(base, distill=tuned.distill, temperature=tuned.temperature)
     plain = replace(base, distill=0.0)
-    return plain if arm == "control" else replace(plain, train="all", gates_share=0.0, se_lr=base.lr)
+    return plain if arm == "control" else replace(plain, train="all", gates_share=0.0)
+
+
+def settle_rates(arm: str, recipe: Recipe) -> Recipe:
+    """Give blocks that are pasted in the rate of any other layer, in a recipe that `calibrate` settled."""
+    return replace(recipe, se_lr=recipe.lr) if arm in PASTED else recipe
 
 
 def perform(run: Run, files: Files) -> dict[str, Any]:
@@ -147,6 +153,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         loader, compute = TrainLoader(data, opened.form, recipe, world), partial(autocast, recipe, world)
         # On the original, for all arms: what is pasted in breaks the start, and would settle other things.
         recipe = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
+        recipe = settle_rates(run.arm, recipe)
         model, before = _get_start(run, opened, world, files)
         if run.arm == "search":
             model = search_half(model, opened, data, recipe, world)
@@ -271,7 +278,7 @@ def _perform_each(runs: list[Run], files: Files, num_jobs: int) -> Iterator[dict
 
 def _get_key(row: Mapping[str, Any]) -> str:
     """Return what tells runs apart."""
-    ignored = ("workers", "checkpoint_minutes")
+    ignored = ("workers", "checkpoint_minutes", *(ONLY_SE if row["arm"] in ("control", *PASTED) else ()))
     values = {name: row[name] for name in Run.__dataclass_fields__ if name != "at"}
     values["at"] = list(row.get("at", ()))  # older rows are of the usual places
     values["recipe"] = {key: value for key, value in row["recipe"].items() if key not in ignored}

@@ -40,6 +40,8 @@ Name = Literal["resnet20", "resnet56", "efficientnet_lite0"]
 NAMES = get_args(Name)
 ARMS = ("control", "se", "default", "every_conv", "control_distill", "search")
 """What they are is said in `benchmarks.accuracy`."""
+PASTED = ("default", "every_conv")
+"""Those whose blocks are new layers like any other, which learn at the backbone's rate."""
 _DEPTHS = {"resnet20": 3, "resnet56": 9}
 _FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _IDX_HEADERS = {"images": 16, "labels": 8}

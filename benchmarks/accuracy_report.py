@@ -21,7 +21,8 @@ _COLUMNS = (
     "network", "training images", "epochs (steps)", "arm", "parameters", "before", "after", "se - arm", "other half",
     "val loss", "s",
 )  # fmt: skip
-_ONLY_SE = ("gates_share", "gates_lr", "se_lr", "distill")
+ONLY_SE = ("gates_share", "gates_lr", "se_lr", "distill")
+"""What the other arms do not have; `control_distill` has `distill`."""
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -130,8 +131,8 @@ def write_table(result: Mapping[str, Any]) -> str:
 def _write_settings(rows: Sequence[Mapping[str, Any]]) -> str:
     row = next((row for row in rows if row["arm"] == SE), rows[0])
     recipe = row["recipe"]
-    shared = ", ".join(f"{key} {recipe[key]}" for key in _SHOWN if key not in _ONLY_SE)
-    own = ", ".join(f"{key} {recipe[key]}" for key in _ONLY_SE)
+    shared = ", ".join(f"{key} {recipe[key]}" for key in _SHOWN if key not in ONLY_SE)
+    own = ", ".join(f"{key} {recipe[key]}" for key in ONLY_SE)
     images = "test images by which settings are chosen" if row["is_choosing"] else "test images"
     num = len({row["seed"] for row in rows})
     seeds = "1 seed" if num == 1 else f"{num} seeds"

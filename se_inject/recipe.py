@@ -45,7 +45,7 @@ class Recipe:
         warmup_share: The part of each stage's steps in which the rates rise from zero.
         min_lr_share: The rates at the end of the cosine, as a part of the peak.
         optimizer: A name of timm's `create_optimizer_v2`; "auto" is SGD, or with frozen batch norms AdamW at 0.03 of
-            all rates, which then rise in at least 0.3 of the steps.
+            the rates and 0.3 of `se_lr`, which then rise in at least 0.3 of the steps.
         momentum: Of optimizers that have one.
         weight_decay: Of everything but biases, norms and other vectors.
         clip: The gradient's norm is clipped to this; 0 is not at all.
@@ -79,7 +79,7 @@ class Recipe:
     batch_size: int = 64
     seed: int = 0
     train: Train = "all"
-    gates_share: float = 0.03
+    gates_share: float = 0.0
     gates_lr: float = 0.1
     lr: float = 0.01
     se_lr: float = 0.01
@@ -126,7 +126,7 @@ class Recipe:
             return settled
         if settled.batch_norm != "frozen":
             return replace(settled, optimizer="sgd")
-        rates = {key: _ADAM * getattr(self, key) for key in _RATES}
+        rates = {key: share * getattr(self, key) for key, share in _ADAM.items()}
         return replace(settled, optimizer="adamw", warmup_share=max(self.warmup_share, _ADAM_WARMUP), **rates)
 
     def to_values(self) -> dict[str, Any]:
@@ -135,9 +135,9 @@ class Recipe:
 
 
 _POSITIVE = ("epochs", "batch_size", "temperature", "checkpoint_minutes")
-_RATES = ("gates_lr", "lr", "se_lr", "head_lr")
-_ADAM = 0.03
-"""Adam's rates as a part of SGD's with momentum."""
+_ADAM = {"gates_lr": 0.03, "lr": 0.03, "se_lr": 0.3, "head_lr": 0.03}
+"""Adam's rates as a part of SGD's with momentum. Its steps are as large as the rate, and blocks begin with zeros."""
+_RATES = tuple(_ADAM)
 _ADAM_WARMUP = 0.3
 """Adam's first steps are as long as the rate, however small the gradient; nine steps without this lost 5 points."""
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")

@@ -40,13 +40,15 @@ def test_a_seed_that_one_arm_lacks_is_in_no_difference():
 
 
 def test_the_arms_differ_in_what_they_say_they_do():
-    own = ["se_lr=0.3", "distill=0.5"]
+    own = ["se_lr=0.3", "gates_share=0.1", "distill=0.5"]
     found = {arm: accuracy.make_recipe_of(arm, "short", ["lr=0.02"], own) for arm in ARMS}
     assert {recipe.lr for recipe in found.values()} == {0.02}
     assert (found["se"].se_lr, found["se"].distill) == (0.3, 0.5)
     assert (found["control"].distill, found["control_distill"].distill) == (0, 0.5)
     for arm in ("default", "every_conv"):
-        assert (found[arm].se_lr, found[arm].gates_share, found[arm].distill) == (0.02, 0, 0)
+        assert (found[arm].gates_share, found[arm].distill) == (0, 0)
+        assert accuracy.settle_rates(arm, found[arm]).se_lr == 0.02
+    assert accuracy.settle_rates("se", found["se"]).se_lr == 0.3
 
 
 def test_the_networks_of_the_arms_begin_as_they_say():

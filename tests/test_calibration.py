@@ -111,7 +111,7 @@ def test_batches_that_are_all_alike_leave_the_statistics(loader):
     loader.iterate = lambda *_: iter(batches)
     found = settle(model, loader)
     assert (found.batch_norm, found.optimizer) == ("frozen", "adamw")
-    assert (found.lr, found.se_lr, found.warmup_share) == pytest.approx((0.03 * OPEN.lr, 0.03 * OPEN.se_lr, 0.3))
+    assert (found.lr, found.se_lr, found.warmup_share) == pytest.approx((0.03 * OPEN.lr, 0.3 * OPEN.se_lr, 0.3))
 
 
 def test_images_of_another_brightness_have_statistics_of_their_own(loader):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from se_inject.gate_statistics import collect_gates as collect_gates
     from se_inject.groups import freeze_backbone as freeze_backbone
     from se_inject.groups import param_groups as param_groups
+    from se_inject.lean import plain_autograd as plain_autograd
     from se_inject.optimization import optimize as optimize
     from se_inject.plan import Plan as Plan
     from se_inject.plan import Site as Site
@@ -49,6 +50,7 @@ _HOMES = {
     "make_plan": "planner",
     "optimize": "optimization",
     "param_groups": "groups",
+    "plain_autograd": "lean",
     "push_to_hub": "publishing",
     "save": "artifact",
     "save_adapter": "adapters",
@@ -74,6 +76,7 @@ __all__ = [
     "make_plan",
     "optimize",
     "param_groups",
+    "plain_autograd",
     "push_to_hub",
     "save",
     "save_adapter",

@@ -130,7 +130,7 @@ class SqueezeExcite(nn.Module):
         return _unpack([multiply(x, part, shortcut) for x, part in zip(maps, gates, strict=True)])
 
     def _scale_leanly(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> Tensor | tuple[Tensor, ...]:
-        links = [Link(self._dims) for _ in maps]
+        links = [Link(self._dims, self.training) for _ in maps]
         squeezed = [squeeze_map(x, link) for x, link in zip(maps, links, strict=True)]
         gates = self._split(self._excite([mean for mean, _ in squeezed]), maps)
         return _unpack(

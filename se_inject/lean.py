@@ -8,27 +8,23 @@ Nor is the map kept where a batch norm made it, which keeps its own input: what 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
-from torch.nn import functional as F
+
+from se_inject.lean_layer import Layer, Narrow, is_closed, scale_layer, squeeze_layer
+from se_inject.origins import Convolution, Norm, find_convolution, find_norm, normalise
 
 _MIN_POSITIONS = 100
 """Below as many positions a map, a call an image costs more than the passes that it saves."""
 _BACKWARD = torch.ops.aten.native_batch_norm_backward
-_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A batch norm that made a map: whether by the batch's statistics, and what was added to the variance."""
-
-    training: bool
-    epsilon: float
+_IS_PLAIN: ContextVar[bool] = ContextVar("is_plain", default=False)
 
 
 @dataclass
@@ -37,13 +33,39 @@ class Link:
 
     Attributes:
         dims: The map's spatial dimensions.
+        is_training: Whether the block is in training mode, where no gradient of the map itself need be had.
         norm: What made the map, if it is kept in the form of that norm's input.
+        origin: The map, or what it was made from.
+        layer: That of `lean_layer`, if the gradients are had in closed form.
         gate: By which the map's gradient is still to be multiplied.
     """
 
     dims: tuple[int, ...]
+    is_training: bool
     norm: Norm | None = None
+    origin: tuple[Tensor, ...] = ()
+    layer: Layer | None = None
     gate: Tensor | None = None
+
+
+@contextmanager
+def plain_autograd() -> Iterator[None]:
+    """Let blocks that run in here be differentiated as torch's operators are, one by one.
+
+    In training, a block takes the gradients of the 1x1 convolution and the batch norm before it together with its own,
+    where that needs less memory. They are the same numbers, but the maps in between get none: `torch.autograd.grad`
+    finds those unused. (Maps that have a hook or `retain_grad` when the block runs get theirs in any case, as do all
+    maps in evaluation mode.)
+
+    Example:
+        >>> with plain_autograd():
+        ...     y = model(images)
+    """
+    token = _IS_PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _IS_PLAIN.reset(token)
 
 
 def is_lean(x: Tensor) -> bool:
@@ -52,6 +74,7 @@ def is_lean(x: Tensor) -> bool:
         isinstance(x, Tensor)
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not _IS_PLAIN.get()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
@@ -68,48 +91,34 @@ def squeeze_map(x: Tensor, link: Link) -> tuple[Tensor, Tensor]:
     Returns:
         The mean (N, C), and the map again, as it is to be scaled; it must have no other use.
     """
+    link.norm, link.origin = find_norm(x)
+    convolution = None if link.norm is None else find_convolution(x)
+    if link.norm is None or convolution is None or not _is_narrow(x, convolution):
+        return _Squeeze.apply(x, link, None)  # type: ignore[no-any-return]  # torch's
+    source, mean, inverse, weight, bias = link.origin
     with torch.no_grad():
-        squeezed = _squeeze_inner(x)
-    return _Squeeze.apply(x, link, squeezed)  # type: ignore[no-any-return]  # torch's
+        inner_mean = convolution.inner.mean(tuple(range(2, x.ndim)), dtype=mean.dtype)
+        squeezed = _pass_on(inner_mean, convolution, link.origin).to(x.dtype)
+    if not (link.is_training and is_closed(x, source, convolution)):
+        return _Squeeze.apply(x, link, squeezed)  # type: ignore[no-any-return]  # torch's
+    link.layer = Layer(link.norm, mean, inverse)
+    link.origin = narrow = Narrow(convolution.inner, convolution.weight, weight, bias)
+    return squeeze_layer(x, squeezed, inner_mean, narrow, link.layer)
 
 
-def _squeeze_inner(x: Tensor) -> Tensor | None:
-    """Squeeze a map through the 1x1 convolution and the batch norm that made it, where that reads less.
+def _is_narrow(x: Tensor, convolution: Convolution) -> bool:
+    """Tell whether to squeeze a map through the convolution and the norm that made it reads less."""
+    return convolution.weight.numel() + convolution.inner.numel() < x.numel()
 
-    Both act on every position alike, so the mean may be taken before them.
 
-    Returns:
-        (N, C), or None if something else made the map.
-    """
-    norm, origin = _find_norm(x)
-    found = _find_convolution(x) if norm is not None else None
-    if found is None:
-        return None
-    inner, weight, bias, groups = found
-    if weight.numel() + inner.numel() >= x.numel():
-        return None
+def _pass_on(inner_mean: Tensor, convolution: Convolution, origin: tuple[Tensor, ...]) -> Tensor:
+    """Give the mean (N, C) of a map from that of its convolution's input: both layers act on each position alike."""
     _, mean, inverse, scale, shift = origin
-    z = inner.mean(tuple(range(2, x.ndim)), dtype=mean.dtype).view(len(x), groups, -1)
-    z = torch.einsum("ngi,goi->ngo", z, weight.to(mean.dtype).view(groups, -1, z.shape[-1])).flatten(1)
-    z = z - mean if bias is None else z + (bias - mean)
-    return torch.addcmul(shift, z, inverse * scale).to(x.dtype)
-
-
-def _find_convolution(x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, int] | None:
-    """Find the 1x1 convolution that made a batch norm's input: its own input, weight, bias and number of groups."""
-    norm: Any = x.grad_fn
-    node = norm.next_functions[0][0]
-    if node is None or node.name() != "ConvolutionBackward0" or node._saved_transposed:
-        return None
-    try:
-        inner, weight = node._saved_input, node._saved_weight
-    except RuntimeError:
-        return None
-    bias = node.next_functions[2][0]
-    is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
-    if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):
-        return None
-    return inner, weight, None if bias is None else bias.variable, node._saved_groups
+    groups, weight = convolution.groups, convolution.weight.to(mean.dtype)
+    z = inner_mean.view(len(inner_mean), groups, -1)
+    z = torch.einsum("ngi,goi->ngo", z, weight.view(groups, -1, z.shape[-1])).flatten(1)
+    z = z - mean if convolution.bias is None else z + (convolution.bias - mean)
+    return torch.addcmul(shift, z, inverse * scale)
 
 
 def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: Tensor | None = None) -> Tensor:
@@ -122,9 +131,13 @@ def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: T
         link: That of `squeeze_map`.
         shortcut: What is added, if anything.
     """
-    link.norm, origin = _find_norm(x)
     is_alike = shortcut is not None and are_alike(x, shortcut)
-    scaled: Tensor = _Scale.apply(squeezed, x, gate, link, shortcut if is_alike else None, *origin)
+    added = shortcut if is_alike else None
+    origin, link.origin = link.origin, ()  # from here on it is autograd that keeps it
+    if link.layer is not None:
+        scaled = scale_layer(squeezed, gate, added, Narrow(*origin), link.layer)
+    else:
+        scaled = _Scale.apply(squeezed, x, gate, link, added, *origin)
     return scaled if shortcut is None or is_alike else scaled + shortcut
 
 
@@ -143,37 +156,6 @@ def are_alike(x: Tensor, shortcut: Tensor) -> bool:
         return False
     # While TorchScript traces, sizes are tensors: a comparison would warn that the trace may not hold for others.
     return torch.jit.is_tracing() or x.shape == shortcut.shape  # type: ignore[attr-defined, no-untyped-call]
-
-
-def _find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
-    """Find what a batch norm made a map from, and keeps for its own backward pass, so that the map need not be kept.
-
-    Returns:
-        The norm, with its input, the mean and the inverse deviation by which that was normalised, weight and bias; or
-        None with the map, if something else made it or if not all of it can be had.
-    """
-    node: Any = x.grad_fn
-    if node is None or node.name() not in _NORMS or _is_checkpointing():
-        return None, (x,)
-    bias = getattr(node.next_functions[2][0], "variable", None)
-    norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
-    try:
-        source, weight = node._saved_input, node._saved_weight
-        if norm.training:
-            mean, inverse = node._saved_result1, node._saved_result2
-        else:
-            mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
-    except RuntimeError:  # they were freed, by a backward pass, or written over
-        return None, (x,)
-    if weight is None or bias is None:
-        return None, (x,)
-    return norm, (source, mean, inverse, weight, bias)
-
-
-def _is_checkpointing() -> bool:
-    """Tell whether activation checkpointing runs, which keeps nothing anyway and lets nothing be looked at twice."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 class _Squeeze(Function):
@@ -236,17 +218,8 @@ def _sum(grad: Tensor, origin: Sequence[Tensor], link: Link) -> Tensor:
         found = sum_products(grad, x, link.dims, *norm[:2])
         if found is not None:
             return norm[2] * found[0] + norm[3] * found[1] if norm else found[0]
-    return (grad * (x if link.norm is None else _normalise(link.norm, origin))).sum(link.dims)
-
-
-def _normalise(norm: Norm, origin: Sequence[Tensor]) -> Tensor:
-    """Normalise again; where it is to be differentiated, as a function of the input and the parameters."""
-    x, mean, inverse, weight, bias = origin
-    if norm.training and torch.is_grad_enabled():
-        return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.epsilon)
-    shape = [-1, *[1] * (x.ndim - 2)]
-    scale = weight * inverse
-    return torch.addcmul((bias - mean * scale).to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+    y = x if link.norm is None else normalise(link.norm, x, (norm[0], norm[1]), (norm[2], norm[3]))
+    return (grad * y).sum(link.dims)
 
 
 def sum_products(

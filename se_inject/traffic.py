@@ -105,14 +105,15 @@ def add_up(outputs: object) -> Tensor:
 def count_saved(model: nn.Module, images: Tensor) -> int:
     """Count the bytes of the storages that a forward pass keeps, but for parameters and buffers."""
     own = {x.untyped_storage()._cdata for x in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
+    saved: weakref.WeakSet[Any] = weakref.WeakSet()  # storages; some are let go again while the forward pass runs
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in own:
-            saved[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+            saved.add(x.untyped_storage())
         return x
 
     with saved_tensors_hooks(pack, lambda x: x):
         outputs = model(images)
+    size: int = sum(storage.nbytes() for storage in saved)
     del outputs
-    return sum(saved.values())
+    return size

@@ -1,0 +1,98 @@
+"""What made a map, as autograd knows it: the batch norm, and the 1x1 convolution before it.
+
+Takes a map with its graph, gives what its layers keep for their own backward passes, so that nobody keeps it again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm that made a map: whether by the batch's statistics, and what was added to the variance."""
+
+    training: bool
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A 1x1 convolution: its input (N, K, ...), weight (C, K / groups, 1, ...), bias (C,) and groups."""
+
+    inner: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+
+
+def find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
+    """Find what a batch norm made a map from, and keeps for its own backward pass, so that the map need not be kept.
+
+    Returns:
+        The norm, with its input, the mean and the inverse deviation by which that was normalised, weight and bias; or
+        None with the map, if something else made it or if not all of it can be had.
+    """
+    node: Any = x.grad_fn
+    if node is None or node.name() not in _NORMS or _is_checkpointing():
+        return None, (x,)
+    bias = getattr(node.next_functions[2][0], "variable", None)
+    norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
+    try:
+        source, weight = node._saved_input, node._saved_weight
+        if norm.training:
+            mean, inverse = node._saved_result1, node._saved_result2
+        else:
+            mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
+    except RuntimeError:  # they were freed, by a backward pass, or written over
+        return None, (x,)
+    if weight is None or bias is None:
+        return None, (x,)
+    return norm, (source, mean, inverse, weight, bias)
+
+
+def find_convolution(x: Tensor) -> Convolution | None:
+    """Find the 1x1 convolution that made the input of the batch norm that made a map."""
+    norm: Any = x.grad_fn
+    node = norm.next_functions[0][0]
+    if node is None or node.name() != "ConvolutionBackward0" or node._saved_transposed:
+        return None
+    try:
+        inner, weight = node._saved_input, node._saved_weight
+    except RuntimeError:
+        return None
+    bias = node.next_functions[2][0]
+    is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
+    if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):
+        return None
+    return Convolution(inner, weight, None if bias is None else bias.variable, node._saved_groups)
+
+
+def normalise(norm: Norm, x: Tensor, moments: tuple[Tensor, Tensor], affine: tuple[Tensor, Tensor]) -> Tensor:
+    """Normalise again; where it is to be differentiated, as a function of the input and the parameters.
+
+    Args:
+        norm: The batch norm.
+        x: What it was given.
+        moments: The mean and the inverse deviation by which it normalised.
+        affine: Its weight and bias.
+    """
+    (mean, inverse), (weight, bias) = moments, affine
+    if norm.training and torch.is_grad_enabled():
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=norm.epsilon)
+    shape = [-1, *[1] * (x.ndim - 2)]
+    scale = weight * inverse
+    return torch.addcmul((bias - mean * scale).to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
+
+
+def _is_checkpointing() -> bool:
+    """Tell whether activation checkpointing runs, which keeps nothing anyway and lets nothing be looked at twice."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

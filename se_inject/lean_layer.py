@@ -29,12 +29,17 @@ _NARROW = 4
 """How much narrower u has to be: two products with K x K matrices come on top of a convolution's with C x K."""
 
 
-@dataclass
-class Sums:
-    """Sums over the positions of each image: `outer` of g u^T (N, C, K), `inner` of g W u and `total` of g, (N, C)."""
+class Sums(NamedTuple):
+    """What a gradient g (N, C, ...) of a block's output adds up to.
 
+    Attributes:
+        back: (s q W)^T g (N, K, ...), or None if u needs no gradient.
+        outer: g u^T of each image (N, C, K).
+        total: g over the positions of each image (N, C).
+    """
+
+    back: Tensor | None
     outer: Tensor
-    inner: Tensor
     total: Tensor
 
 
@@ -55,6 +60,9 @@ class Layer:
     inverse: Tensor
     gate: Tensor | None = field(default=None, init=False)
     sums: Sums | None = field(default=None, init=False)
+
+
+_BACKWARD = torch.ops.aten.convolution_backward
 
 
 class Narrow(NamedTuple):
@@ -148,10 +156,12 @@ class _Squeeze(Function):
         gate = grad.new_ones(ctx.shape[:2]) if gate is None else gate.view(ctx.shape[:2])
         share = torch.zeros_like(gate) if grad_z is None else grad_z / ctx.shape[2:].numel()
         if torch.is_grad_enabled():  # what is computed here is differentiated again
-            found = _differentiate(layer, narrow, _spread(gate, grad) * grad + _spread(share, grad))
+            found: tuple[Tensor | None, ...] = _differentiate(
+                layer, narrow, _spread(gate, grad) * grad + _spread(share, grad)
+            )
         else:
-            sums = _add_up(grad, narrow.inner, narrow.kernel) if sums is None else sums
-            found = _solve(layer, narrow, sums, inner_mean=inner_mean, grad=grad, gate=gate, share=share)
+            sums = _add_up(layer, narrow, grad, gate) if sums is None else sums
+            found = _solve(layer, narrow, sums, inner_mean=inner_mean, gate=gate, share=share)
         needed = (x if is_needed else None for x, is_needed in zip(found, ctx.needs_input_grad, strict=False))
         return *needed, None, None, None, None
 
@@ -170,68 +180,71 @@ class _Scale(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, narrow = ctx.saved_tensors[0], Narrow(*ctx.saved_tensors[1:])
-        layer, grad_gate = ctx.layer, None
-        layer.gate = gate
-        if ctx.needs_input_grad[1]:
-            grad_gate = _sum_products(layer, narrow, grad).view_as(gate)
-        return grad, grad_gate, grad if ctx.needs_input_grad[2] else None, None, *(None for _ in narrow)
+        layer = ctx.layer
+        layer.gate, scale = gate, narrow.weight * layer.inverse
+        if torch.is_grad_enabled():
+            grad_gate = (_flatten(grad) * _repeat(layer, narrow)).sum(2)
+        else:
+            layer.sums = sums = _add_up(layer, narrow, grad, gate.view(grad.shape[:2]))
+            products = (sums.outer * narrow.kernel.flatten(1)).sum(2)
+            grad_gate = scale * products + (narrow.bias - scale * layer.mean) * sums.total
+        return grad, grad_gate.view_as(gate), grad if ctx.needs_input_grad[2] else None, None, *(None for _ in narrow)
 
 
-def _sum_products(layer: Layer, narrow: Narrow, grad: Tensor) -> Tensor:
-    """Add up g y over the positions, (N, C)."""
-    if torch.is_grad_enabled():
-        return (_flatten(grad) * _repeat(layer, narrow)).sum(2)
-    layer.sums = sums = _add_up(grad, narrow.inner, narrow.kernel)
-    scale = narrow.weight * layer.inverse
-    return scale * sums.inner + (narrow.bias - scale * layer.mean) * sums.total
+def _add_up(layer: Layer, narrow: Narrow, grad: Tensor, gate: Tensor) -> Sums:
+    """Add up a gradient in one pass.
+
+    It goes back through a convolution with weights of each image's own, by its gate (N, C). The images are its groups;
+    where the channels come last these would lie scattered, and each image has a convolution of its own.
+    """
+    inner, kernel = narrow.inner, narrow.kernel
+    kernels = kernel * _spread(narrow.weight * layer.inverse * gate, kernel.unsqueeze(0))
+    if inner.is_contiguous():
+        maps = [(grad.contiguous().flatten(0, 1)[None], inner.flatten(0, 1)[None], kernels.flatten(0, 1))]
+    else:
+        maps = [(grad[i : i + 1], inner[i : i + 1], kernels[i]) for i in range(len(inner))]
+    groups, has_back = len(inner) // len(maps), inner.requires_grad
+    found = [_convolve_back(*each, groups=groups, has_back=has_back) for each in maps]
+    backs, outers, totals = zip(*found, strict=True)
+    outer, total = torch.cat(outers).view(*grad.shape[:2], -1), torch.cat(totals).view(grad.shape[:2])
+    if not has_back:
+        return Sums(None, outer, total)
+    return Sums(backs[0].view_as(inner) if len(maps) == 1 else torch.cat(backs), outer, total)
 
 
-def _add_up(grad: Tensor, inner: Tensor, kernel: Tensor) -> Sums:
-    flat = _flatten(grad)
-    outer = flat @ _flatten(inner).transpose(1, 2)
-    return Sums(outer, (outer * kernel.flatten(1)).sum(2), flat.sum(2))
+def _convolve_back(
+    grad: Tensor, inner: Tensor, kernel: Tensor, *, groups: int = 1, has_back: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of a 1x1 convolution's input, weight and bias."""
+    ones, zeros = [1] * (inner.ndim - 2), [0] * (inner.ndim - 2)
+    needed = [has_back, True, True]
+    return _BACKWARD(grad, inner, kernel, [len(kernel)], ones, zeros, ones, False, zeros, groups, needed)  # type: ignore[no-any-return]  # torch's
 
 
 def _solve(
-    layer: Layer,
-    narrow: Narrow,
-    sums: Sums,
-    *,
-    inner_mean: Tensor,
-    grad: Tensor,
-    gate: Tensor,
-    share: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    layer: Layer, narrow: Narrow, sums: Sums, *, inner_mean: Tensor, gate: Tensor, share: Tensor
+) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """Solve for the gradients of u, W, and the norm's weight and bias; `share` (N, C) is what a position has of z's."""
     inner, kernel, weight, _ = narrow
     matrix, num = kernel.flatten(1), inner.shape[2:].numel()
     scale = weight * layer.inverse
+    products = (sums.outer * matrix).sum(2)  # g W u, added up
     of_bias = (gate * sums.total + num * share).sum(0)
-    of_product = (gate * sums.inner + num * share * (inner_mean @ matrix.t())).sum(0)
+    of_product = (gate * products + num * share * (inner_mean @ matrix.t())).sum(0)
     of_weight = layer.inverse * (of_product - layer.mean * of_bias)
-    factor, constant, slope = scale * gate, scale * share, None
+    constant, back = scale * share, sums.back
+    of_kernel = (sums.outer * (scale * gate).unsqueeze(2)).sum(0)
     if layer.norm.training:
         count = num * len(inner)
         slope = -scale * layer.inverse * of_weight / count
         constant = constant - scale * of_bias / count - slope * layer.mean
-    of_kernel = torch.einsum("nc,nck->ck", factor, sums.outer) + num * constant.t() @ inner_mean
-    terms = [((matrix * factor.unsqueeze(2)).transpose(1, 2), _flatten(grad))]
-    if slope is not None:
-        flat = _flatten(inner)
-        of_kernel += slope[:, None] * (matrix @ (flat @ flat.transpose(1, 2)).sum(0))
-        terms.append(((matrix.t() @ (slope[:, None] * matrix)).expand(len(inner), -1, -1), flat))
-    return _sum_terms(constant @ matrix, terms, inner), of_kernel.view_as(kernel), of_weight, of_bias
-
-
-def _sum_terms(start: Tensor, terms: list[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
-    """Add products of matrices (N, K, C) and maps (N, C, positions) to `start` (N, K), in the layout of `like`."""
-    is_last = not like.is_contiguous()
-    total = start.unsqueeze(1 if is_last else 2)
-    for i, (matrix, flat) in enumerate(terms):
-        factors = (flat.transpose(1, 2), matrix.transpose(1, 2)) if is_last else (matrix, flat)
-        total = total.baddbmm_(*factors) if i else torch.baddbmm(total, *factors)
-    shape = len(like), *like.shape[2:], like.shape[1]
-    return total.view(shape).movedim(-1, 1) if is_last else total.view_as(like)
+        square = (matrix.t() @ (slope[:, None] * matrix)).view(-1, *inner.shape[1:2], *kernel.shape[2:])
+        sloped, gram, _ = _convolve_back(inner, inner, square)
+        of_kernel += slope[:, None] * (matrix @ gram.flatten(1))
+        back = None if back is None else back.add_(sloped)
+    of_kernel += num * constant.t() @ inner_mean
+    back = None if back is None else back.add_(_spread(constant @ matrix, back))
+    return back, of_kernel.view_as(kernel), of_weight, of_bias
 
 
 def _differentiate(layer: Layer, narrow: Narrow, grad: Tensor) -> tuple[Tensor, ...]:
@@ -247,7 +260,7 @@ def _repeat(layer: Layer, narrow: Narrow) -> Tensor:
 
 
 def _spread(values: Tensor, x: Tensor) -> Tensor:
-    """Give (N, C) the number of dimensions of a map."""
+    """Give (N, C) the number of dimensions of a map, or of a weight for each image."""
     return values.view(*values.shape, *[1] * (x.ndim - 2))
 
 

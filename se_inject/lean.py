@@ -241,7 +241,7 @@ def sum_products(
         The sums of `a * (b - mean) * inverse`, and of `a`, (N, C) each; None where that is not known to be faster: on
         a GPU, for maps that lie otherwise, and for small ones with the channels last.
     """
-    if a.device.type != "cpu" or a.dtype != b.dtype:
+    if a.device.type != "cpu" or a.dtype != b.dtype or not a.numel():  # torch divides by the number of images
         return None
     if 1 in dims:  # the channels come last
         a, b = a.movedim(-1, 1), b.movedim(-1, 1)

@@ -85,6 +85,7 @@ def is_closed(x: Tensor, source: Tensor, convolution: Convolution) -> bool:
     inner, kernel = convolution.inner, convolution.weight
     return (
         x.device.type == "cpu"  # it was not timed on a GPU
+        and x.numel() > 0
         and x.dtype in (torch.float32, torch.float64)
         and x.dtype == source.dtype == inner.dtype == kernel.dtype
         and convolution.bias is None
@@ -156,9 +157,7 @@ class _Squeeze(Function):
         gate = grad.new_ones(ctx.shape[:2]) if gate is None else gate.view(ctx.shape[:2])
         share = torch.zeros_like(gate) if grad_z is None else grad_z / ctx.shape[2:].numel()
         if torch.is_grad_enabled():  # what is computed here is differentiated again
-            found: tuple[Tensor | None, ...] = _differentiate(
-                layer, narrow, _spread(gate, grad) * grad + _spread(share, grad)
-            )
+            found = _differentiate(layer, narrow, _spread(gate, grad) * grad + _spread(share, grad))
         else:
             sums = _add_up(layer, narrow, grad, gate) if sums is None else sums
             found = _solve(layer, narrow, sums, inner_mean=inner_mean, gate=gate, share=share)
@@ -203,21 +202,20 @@ def _add_up(layer: Layer, narrow: Narrow, grad: Tensor, gate: Tensor) -> Sums:
         maps = [(grad.contiguous().flatten(0, 1)[None], inner.flatten(0, 1)[None], kernels.flatten(0, 1))]
     else:
         maps = [(grad[i : i + 1], inner[i : i + 1], kernels[i]) for i in range(len(inner))]
-    groups, has_back = len(inner) // len(maps), inner.requires_grad
-    found = [_convolve_back(*each, groups=groups, has_back=has_back) for each in maps]
+    needed = [inner.requires_grad, True, True]
+    found = (_convolve_back(*each, needed, groups=len(inner) // len(maps)) for each in maps)
     backs, outers, totals = zip(*found, strict=True)
     outer, total = torch.cat(outers).view(*grad.shape[:2], -1), torch.cat(totals).view(grad.shape[:2])
-    if not has_back:
+    if not inner.requires_grad:
         return Sums(None, outer, total)
     return Sums(backs[0].view_as(inner) if len(maps) == 1 else torch.cat(backs), outer, total)
 
 
 def _convolve_back(
-    grad: Tensor, inner: Tensor, kernel: Tensor, *, groups: int = 1, has_back: bool = True
+    grad: Tensor, inner: Tensor, kernel: Tensor, needed: list[bool], *, groups: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of a 1x1 convolution's input, weight and bias."""
+    """Give those of the gradients of a 1x1 convolution's input, weight and bias that are needed."""
     ones, zeros = [1] * (inner.ndim - 2), [0] * (inner.ndim - 2)
-    needed = [has_back, True, True]
     return _BACKWARD(grad, inner, kernel, [len(kernel)], ones, zeros, ones, False, zeros, groups, needed)  # type: ignore[no-any-return]  # torch's
 
 
@@ -239,7 +237,7 @@ def _solve(
         slope = -scale * layer.inverse * of_weight / count
         constant = constant - scale * of_bias / count - slope * layer.mean
         square = (matrix.t() @ (slope[:, None] * matrix)).view(-1, *inner.shape[1:2], *kernel.shape[2:])
-        sloped, gram, _ = _convolve_back(inner, inner, square)
+        sloped, gram, _ = _convolve_back(inner, inner, square, [back is not None, True, False])
         of_kernel += slope[:, None] * (matrix @ gram.flatten(1))
         back = None if back is None else back.add_(sloped)
     of_kernel += num * constant.t() @ inner_mean
@@ -247,10 +245,12 @@ def _solve(
     return back, of_kernel.view_as(kernel), of_weight, of_bias
 
 
-def _differentiate(layer: Layer, narrow: Narrow, grad: Tensor) -> tuple[Tensor, ...]:
+def _differentiate(layer: Layer, narrow: Narrow, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate y by what it was made from, so that it can be done again."""
     aliases = Narrow(*(x.view_as(x) for x in narrow))  # u may itself be made from W
-    return torch.autograd.grad(_repeat(layer, aliases), aliases, _flatten(grad), create_graph=True)
+    wanted = [x for x in aliases if x.requires_grad]
+    found = iter(torch.autograd.grad(_repeat(layer, aliases), wanted, _flatten(grad), create_graph=True))
+    return tuple(next(found) if x.requires_grad else None for x in aliases)
 
 
 def _repeat(layer: Layer, narrow: Narrow) -> Tensor:

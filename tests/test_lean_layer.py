@@ -126,19 +126,30 @@ def test_second_derivatives_are_right(uses, training):
     assert uses
 
 
-def test_a_penalty_on_the_gradient_adds_to_the_loss(uses):
+@pytest.mark.parametrize("frozen", ["nothing", "conv", "norm.weight", "se"])
+def test_a_penalty_on_the_gradient_adds_to_the_loss(uses, frozen):
     x, model = make_input(), Branch()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
 
     def compute():
         y = model(x)
         (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        return torch.autograd.grad(y.sum() + grad.square().sum(), [x, *model.parameters()])
+        wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+        return torch.autograd.grad(y.sum() + grad.square().sum(), wanted)
 
     found = compute()
     with plain_autograd():
         for ours, theirs in zip(found, compute(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
     assert uses
+
+
+def test_a_batch_without_images_has_a_gradient_of_zero():
+    x, model = make_input()[:0].detach().requires_grad_(), Branch()
+    model.norm.eval()
+    model(x).sum().backward()
+    assert model.conv.weight.grad.count_nonzero() == 0
 
 
 def test_two_backward_passes_over_one_graph_add_up(uses):

@@ -13,7 +13,8 @@ The arms start from the same trained network and see the same images in the same
 - `search`, on request: as `se`, with the blocks alone that `se_inject.search` chooses for half of their parameters.
 
 Rows are appended to OUT.jsonl as they come; the same command goes on where it was stopped. `--set-all` changes the
-recipe for all arms, `--set` for `se` alone. `--choosing` scores on every second test image alone: settings are chosen
+recipe for all arms, `--set` for `se` alone; `--set-all label_temperature=1 --set label_temperature=0` compares `short`
+with fine-tuning as it is usually done. `--choosing` scores on every second test image alone: settings are chosen
 by these, and the table shows the differences on the other half too. (Held-out training images will not do: the CIFAR
 ResNets know their originals, which favours what stays near to the start.) `--throughput` compares the speed of the loop
 with timm's bare step. Writes OUT and OUT.md.

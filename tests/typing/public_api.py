@@ -28,6 +28,7 @@ from se_inject import (
     make_plan,
     optimize,
     param_groups,
+    plain_autograd,
     push_to_hub,
     save,
     save_adapter,
@@ -60,6 +61,8 @@ def go_on(model: nn.Module, images: torch.Tensor) -> None:
     groups = param_groups(model, lr=1e-3, se_lr=1e-2, weight_decay=1e-4)
     assert_type(groups, list[dict[str, Any]])
     torch.optim.SGD(groups, momentum=0.9)
+    with plain_autograd():
+        assert_type(model(images).sum().backward(), Any)
     gates = collect_gates(model, [(images, torch.tensor([0]))], classes=["cat", "dog"])
     assert_type(gates, dict[str, xarray.Dataset])
 

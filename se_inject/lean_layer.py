@@ -25,6 +25,7 @@ from torch.autograd import Function
 
 from se_inject.origins import Convolution, Norm, normalise
 
+_BACKWARD = torch.ops.aten.convolution_backward
 _NARROW = 4
 """How much narrower u has to be: two products with K x K matrices come on top of a convolution's with C x K."""
 
@@ -35,11 +36,13 @@ class Sums(NamedTuple):
     Attributes:
         back: (s q W)^T g (N, K, ...), or None if u needs no gradient.
         outer: g u^T of each image (N, C, K).
+        inner: g W u over the positions of each image (N, C).
         total: g over the positions of each image (N, C).
     """
 
     back: Tensor | None
     outer: Tensor
+    inner: Tensor
     total: Tensor
 
 
@@ -60,9 +63,6 @@ class Layer:
     inverse: Tensor
     gate: Tensor | None = field(default=None, init=False)
     sums: Sums | None = field(default=None, init=False)
-
-
-_BACKWARD = torch.ops.aten.convolution_backward
 
 
 class Narrow(NamedTuple):
@@ -180,13 +180,13 @@ class _Scale(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, narrow = ctx.saved_tensors[0], Narrow(*ctx.saved_tensors[1:])
         layer = ctx.layer
-        layer.gate, scale = gate, narrow.weight * layer.inverse
+        layer.gate = gate
         if torch.is_grad_enabled():
             grad_gate = (_flatten(grad) * _repeat(layer, narrow)).sum(2)
         else:
             layer.sums = sums = _add_up(layer, narrow, grad, gate.view(grad.shape[:2]))
-            products = (sums.outer * narrow.kernel.flatten(1)).sum(2)
-            grad_gate = scale * products + (narrow.bias - scale * layer.mean) * sums.total
+            scale = narrow.weight * layer.inverse
+            grad_gate = scale * sums.inner + (narrow.bias - scale * layer.mean) * sums.total
         return grad, grad_gate.view_as(gate), grad if ctx.needs_input_grad[2] else None, None, *(None for _ in narrow)
 
 
@@ -206,9 +206,10 @@ def _add_up(layer: Layer, narrow: Narrow, grad: Tensor, gate: Tensor) -> Sums:
     found = (_convolve_back(*each, needed, groups=len(inner) // len(maps)) for each in maps)
     backs, outers, totals = zip(*found, strict=True)
     outer, total = torch.cat(outers).view(*grad.shape[:2], -1), torch.cat(totals).view(grad.shape[:2])
+    products = (outer * kernel.flatten(1)).sum(2)
     if not inner.requires_grad:
-        return Sums(None, outer, total)
-    return Sums(backs[0].view_as(inner) if len(maps) == 1 else torch.cat(backs), outer, total)
+        return Sums(None, outer, products, total)
+    return Sums(backs[0].view_as(inner) if len(maps) == 1 else torch.cat(backs), outer, products, total)
 
 
 def _convolve_back(
@@ -226,9 +227,8 @@ def _solve(
     inner, kernel, weight, _ = narrow
     matrix, num = kernel.flatten(1), inner.shape[2:].numel()
     scale = weight * layer.inverse
-    products = (sums.outer * matrix).sum(2)  # g W u, added up
     of_bias = (gate * sums.total + num * share).sum(0)
-    of_product = (gate * products + num * share * (inner_mean @ matrix.t())).sum(0)
+    of_product = (gate * sums.inner + num * share * (inner_mean @ matrix.t())).sum(0)
     of_weight = layer.inverse * (of_product - layer.mean * of_bias)
     constant, back = scale * share, sums.back
     of_kernel = (sums.outer * (scale * gate).unsqueeze(2)).sum(0)

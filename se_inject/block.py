@@ -166,9 +166,10 @@ class SqueezeExcite(nn.Module):
 
         Under autocast gate and map can differ in type; without the cast the product would be promoted.
         """
-        sizes = [x.shape[self.channel_dim] for x in maps]
-        parts = (gate,) if len(maps) == 1 else torch.split(gate, sizes, 1)
-        gates = [parts[i] for i in range(len(maps))]  # torch.fx's proxies can be indexed, but not iterated over
+        gates = [gate]
+        if len(maps) > 1:
+            parts = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
+            gates = [parts[i] for i in range(len(maps))]  # torch.fx's proxies can be indexed, but not iterated over
         for _ in range(self.num_spatial):
             gates = [part.unsqueeze(-1 if self.channel_dim == 1 else 1) for part in gates]
         return [part.to(x.dtype) for part, x in zip(gates, maps, strict=True)]

@@ -112,10 +112,7 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: b
     surgeries = [] if plan is None else _prepare(target, plan, course)
     fold_norms(target, course.folds)
     for surgery in surgeries:
-        surgery.perform(target)
-    for block in target.modules():
-        if isinstance(block, FusedSqueezeExcite):
-            block.kernels = kernels
+        surgery.perform(target, kernels=kernels)
     mark_module(target, OPTIMIZED, {**encode_call(call, get_dtype(target)), **({"kernels": True} if kernels else {})})
     return target
 
@@ -130,24 +127,25 @@ class _Surgery:
     graph: fx.Graph | None = None
     cls: type[nn.Module] | None = None
 
-    def perform(self, model: nn.Module) -> None:
+    def perform(self, model: nn.Module, *, kernels: bool) -> None:
         """Change the owner in a model; nothing in here is expected to fail."""
         owner = model.get_submodule(self.path)
         for fusion in self.fusions:
-            _fuse(owner, fusion)
+            _fuse(owner, fusion, kernels=kernels)
         if self.graph is not None:
             cast("fx.GraphModule", owner).graph = self.graph
         elif self.cls is not None:
             owner.__class__ = self.cls
 
 
-def _fuse(owner: nn.Module, fusion: Fusion) -> None:
+def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
     fused = FusedSqueezeExcite(
         cast("SqueezeExcite", owner.get_submodule(fusion.block)),
         convolution=cast("_ConvNd", owner.get_submodule(fusion.convolution)) if fusion.convolution else None,
         scaled=cast("_ConvNd", owner.get_submodule(fusion.scaled)) if fusion.scaled else None,
         activation=fusion.activation,
         overwrites=fusion.overwrites,
+        kernels=kernels,
     )
     owner.set_submodule(fusion.block, mark_block(fused))
     if fusion.convolution:

@@ -205,6 +205,7 @@ def _hushed() -> Iterator[None]:
     """Keep torch from printing graphs and logging; what matters of it is in its errors, which are reported once.
 
     With torch 2.9 the bytes of a file are warned of when they are read, and onnxscript prints what rules it applied.
+    Weights that do not lie row by row are warned of when they are saved; whoever makes a program runs it afterwards.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -213,6 +214,7 @@ def _hushed() -> Iterator[None]:
     try:
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
+            warnings.filterwarnings("ignore", "No complete tensor found", UserWarning)
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):

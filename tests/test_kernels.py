@@ -238,6 +238,7 @@ def test_a_network_of_kernels_gives_the_same(resnet, fast, x):
     assert_equal_to_double(resnet, fast, x[:1].contiguous(memory_format=torch.channels_last))
     assert watch(fast, x) == ["squeeze", "excite", "convolve"] * 8
     assert "256, 16, relu, kernels" in repr(fast.layer1[0].se)
+    assert all(parameter.is_contiguous() for parameter in fast.parameters())  # as the Triton kernels read them
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def make_run(model: nn.Module, images: Tensor, mode: Mode, conditions: Condition
         mode: In which way.
         conditions: Under which.
     """
-    called = torch.compile(model) if mode == "compiled" else model
+    called = _compile(model) if mode == "compiled" else model
     if mode == "training":
         return _make_step(copy.deepcopy(model), images, conditions)
 
@@ -188,14 +188,29 @@ def make_run(model: nn.Module, images: Tensor, mode: Mode, conditions: Condition
         with torch.no_grad(), cast_maps(conditions):
             return called(images)
 
-    for _ in range(_WARM_UPS):
-        run()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):  # noqa: SLF001  as torch documents it
+        for _ in range(_WARM_UPS):
+            run()
     if mode != "graph":
         return run
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
     return graph.replay
+
+
+def _compile(model: nn.Module) -> Callable[[Tensor], object]:
+    """Compile a network by itself.
+
+    torch keeps what it compiles with the code, which all networks of a class share: each run looks through what the
+    others left there, and after eight of them torch runs the rest uncompiled, with a warning.
+    """
+
+    def call(images: Tensor) -> object:
+        return model(images)
+
+    call.__code__ = call.__code__.replace(co_name=f"call_{id(model)}")
+    return torch.compile(call)
 
 
 def _make_step(model: nn.Module, images: Tensor, conditions: Conditions) -> Callable[[], object]:

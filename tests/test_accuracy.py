@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import accuracy
+from benchmarks import accuracy, accuracy_runs
 from benchmarks.accuracy_networks import ARMS, CifarResNet, make_data, make_model
 from benchmarks.accuracy_report import summarise, write_table
 from se_inject import SqueezeExcite, blocks
@@ -47,8 +47,8 @@ def test_the_arms_differ_in_what_they_say_they_do():
     assert (found["control"].distill, found["control_distill"].distill) == (0, 0.5)
     for arm in ("default", "every_conv"):
         assert (found[arm].gates_share, found[arm].distill) == (0, 0)
-        assert accuracy.settle_rates(arm, found[arm]).se_lr == 0.02
-    assert accuracy.settle_rates("se", found["se"]).se_lr == 0.3
+        assert accuracy_runs.settle_rates(arm, found[arm]).se_lr == 0.02
+    assert accuracy_runs.settle_rates("se", found["se"]).se_lr == 0.3
 
 
 def test_the_networks_of_the_arms_begin_as_they_say():

@@ -1,5 +1,6 @@
 """What is counted and timed side by side."""
 
+import functools
 import json
 
 import pytest
@@ -90,6 +91,14 @@ def test_a_way_of_running_that_fails_is_said_in_the_row(monkeypatch, capsys):
     assert [row.failures for row in rows] == [{"compiled": "no compiler here"}] * 2
     print_speed(rows)
     assert capsys.readouterr().out.count("no compiler here") == 2
+
+
+def test_networks_of_one_class_are_compiled_one_by_one(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    networks = {name: nets.wrap(nets.Residual(16)) for name in ("plain", "second", "third")}
+    with torch._dynamo.config.patch(recompile_limit=1):
+        rows = compare_speed(networks, (1, 3, 8, 8), Conditions(rounds=1))
+    assert all(list(row.timings) == ["eager", "compiled"] and not row.failures for row in rows)
 
 
 @pytest.mark.parametrize(

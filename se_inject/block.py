@@ -162,17 +162,21 @@ class SqueezeExcite(nn.Module):
         return gate if self.gain == 1 else self.gain * gate
 
     def _split(self, gate: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Split the gate (N, C) among the maps, each with its map's dimensions and type.
+        """Split the gate (N, C) among the maps.
 
         Under autocast gate and map can differ in type; without the cast the product would be promoted.
         """
-        gates = [gate]
-        if len(maps) > 1:
-            parts = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
-            gates = [parts[i] for i in range(len(maps))]  # torch.fx's proxies can be indexed, but not iterated over
+        if len(maps) == 1:
+            return [self._align(gate, maps[0])]
+        parts = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
+        # torch.fx's proxies can be indexed, but not iterated over
+        return [self._align(parts[i], x) for i, x in enumerate(maps)]
+
+    def _align(self, gate: Tensor, x: Tensor) -> Tensor:
+        """Give the gate (N, C) its map's dimensions and type."""
         for _ in range(self.num_spatial):
-            gates = [part.unsqueeze(-1 if self.channel_dim == 1 else 1) for part in gates]
-        return [part.to(x.dtype) for part, x in zip(gates, maps, strict=True)]
+            gate = gate.unsqueeze(-1 if self.channel_dim == 1 else 1)
+        return gate.to(x.dtype)
 
     def extra_repr(self) -> str:
         """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""

@@ -84,9 +84,10 @@ class FusedSqueezeExcite(SqueezeExcite):
         if self.kernels and self._suits_kernels(maps, shortcut):
             return self._run_kernels(maps[0], shortcut)
         gate = self.compute_gate(*maps)
-        made = maps if self.convolution is None else (self.convolution(maps[0]),)
-        scaled = [self._finish(x, part, shortcut) for x, part in zip(made, self._split(gate, made), strict=True)]
-        return scaled[0] if len(scaled) == 1 else tuple(scaled)
+        if len(maps) > 1:
+            return tuple(self._finish(x, part, shortcut) for x, part in zip(maps, self._split(gate, maps), strict=True))
+        x = maps[0] if (convolution := self.convolution) is None else convolution(maps[0])
+        return self._finish(x, self._align(gate, x), shortcut)
 
     def _suits_kernels(self, maps: tuple[Tensor, ...], shortcut: Tensor | None) -> bool:
         layers = [layer for layer in (self.fc1, self.fc2, self.convolution) if layer is not None]
@@ -114,7 +115,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def _finish(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
         y = self._scale(x, gate, shortcut)
-        return F.relu_(y) if self.activation == "relu" else y
+        return y.relu_() if self.activation == "relu" else y
 
     def _scale(self, x: Tensor, gate: Tensor, shortcut: Tensor | None) -> Tensor:
         if shortcut is not None and not are_alike(x, shortcut):
@@ -126,7 +127,7 @@ class FusedSqueezeExcite(SqueezeExcite):
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        return self.activate(self.fc2(F.relu(self.fc1(z))))
+        return self.activate(self.fc2(torch.relu(self.fc1(z))))
 
     @property
     def channels(self) -> int:

@@ -1,0 +1,52 @@
+"""The images that differ from each other, on which SE is measured."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from benchmarks import corruptions
+from tests.images_on_disk import make_folder
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 24)])
+@pytest.mark.parametrize("kind", corruptions.KINDS)
+def test_an_image_is_changed_more_the_stronger_a_corruption_is(kind, size):
+    x = 0.3 + 0.4 * torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    changes = []
+    for strength in (0.1, 0.9):
+        changed = corruptions.KINDS[kind](x, strength, torch.Generator().manual_seed(1))
+        assert changed.shape == x.shape
+        changes.append((changed - x).square().mean().item())
+    assert changes == [0, 0] if kind == "none" else changes[1] > changes[0] > 0
+
+
+def test_a_copy_is_the_same_each_time_and_its_images_differ(tmp_path, monkeypatch, capsys):
+    folder = make_folder(tmp_path / "images")
+    for name in ("first", "second"):
+        monkeypatch.setattr(sys, "argv", ["corruptions", str(folder), str(tmp_path / name)])
+        corruptions.main()
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert f"{len(paths)} images in" in capsys.readouterr().out
+    first, second = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.png")}
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert set(first) == {path.relative_to(folder).with_suffix(".png") for path in paths}
+
+
+def test_what_an_image_gets_depends_on_its_seed():
+    image = Image.new("RGB", (16, 16), (90, 120, 150))
+    made = {F.pil_to_tensor(corruptions.corrupt(image, seed)).numpy().tobytes() for seed in range(20)}
+    assert len(made) > 10
+
+
+def test_a_folder_without_images_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["corruptions", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        corruptions.main()
+    assert "found no images in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

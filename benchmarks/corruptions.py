@@ -3,10 +3,10 @@
     python -m benchmarks.corruptions FOLDER OUT
 
 Each image gets one of eight corruptions, or none, of a random strength: Gaussian noise, blur, contrast, brightness,
-saturation, pixelation, gamma, a colour cast. They are those of ImageNet-C (Hendrycks and Dietterich, 2019) that suit
-images of any size, by torchvision. What an image gets depends on its path in the folder alone, so that the copy is the
-same each time. Networks are trained and tested on such images: what is measured is not robustness, but what a network
-makes of images that want to be treated one by one. The copies are PNG.
+saturation, pixelation, gamma, a colour cast. All but the last two are of the kinds of ImageNet-C (Hendrycks and
+Dietterich, 2019), by torchvision and with strengths of their own. What an image gets depends on its path in the folder
+alone, so that the copy is the same each time. Networks are trained and tested on such images: what is measured is not
+robustness, but what a network makes of images that want to be treated one by one. The copies are PNG.
 """
 
 from __future__ import annotations

@@ -162,10 +162,7 @@ class SqueezeExcite(nn.Module):
         return gate if self.gain == 1 else self.gain * gate
 
     def _split(self, gate: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Split the gate (N, C) among the maps.
-
-        Under autocast gate and map can differ in type; without the cast the product would be promoted.
-        """
+        """Split the gate (N, C) among the maps."""
         if len(maps) == 1:
             return [self._align(gate, maps[0])]
         parts = torch.split(gate, [x.shape[self.channel_dim] for x in maps], 1)
@@ -173,7 +170,10 @@ class SqueezeExcite(nn.Module):
         return [self._align(parts[i], x) for i, x in enumerate(maps)]
 
     def _align(self, gate: Tensor, x: Tensor) -> Tensor:
-        """Give the gate (N, C) its map's dimensions and type."""
+        """Give the gate (N, C) its map's dimensions and type.
+
+        Under autocast gate and map can differ in type; without the cast the product would be promoted.
+        """
         for _ in range(self.num_spatial):
             gate = gate.unsqueeze(-1 if self.channel_dim == 1 else 1)
         return gate.to(x.dtype)

@@ -164,9 +164,8 @@ def _make_linear(weight: Tensor, bias: Tensor | None, *, like: nn.Conv2d, by_row
     """
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     kind = like.weight.dtype
-    lying = weight if by_rows else weight.t()
-    lying = lying.to(kind, copy=True, memory_format=torch.contiguous_format)
-    layer.weight = nn.Parameter(lying if by_rows else lying.t(), requires_grad=False)
+    laid = weight if by_rows else weight.t().contiguous().t()
+    layer.weight = nn.Parameter(laid.to(kind, copy=True), requires_grad=False)
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().to(kind, copy=True), requires_grad=False)
     return layer

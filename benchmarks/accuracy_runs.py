@@ -96,9 +96,11 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         opened.model.to(world.device)
         loader, compute = TrainLoader(data, opened.form, recipe, world), partial(autocast, recipe, world)
         # On the original, for all arms: what is pasted in breaks the start, and would settle other things.
-        recipe = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
-        recipe = settle_rates(run.arm, recipe)
+        settled = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
         model, before = _get_start(run, opened, world, files)
+        if run.arm not in PASTED and settled.optimizer == "sgd":  # whose blocks have a rate that goes by the images
+            settled = calibrate(model, loader, replace(settled, se_lr=recipe.se_lr), world, compute=compute)
+        recipe = settle_rates(run.arm, settled)
         if run.arm == "search":
             model = search_half(model, opened, data, recipe, world)
         glanced = Subset(data.val, range(0, len(data.val), max(1, len(data.val) // _NUM_GLANCED)))  # type: ignore[arg-type]
@@ -126,6 +128,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         "val_loss": statistics.fmean(half.loss for half in scores),
         "batch_norm": recipe.batch_norm,
         "label_temperature": recipe.label_temperature,
+        "se_lr": recipe.se_lr,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "blocks": len(se_inject.blocks(outcome.model)),
         "steps": job.num_steps,

@@ -1,8 +1,8 @@
 """Calibration: what a recipe leaves to the images, settled before the first step.
 
 Takes a network and the batches that it is about to be trained on. Chooses which statistics the batch norms use, fits
-the temperature of the loss, and fits a classifier that was replaced to the features as they are. Changes that
-classifier and nothing else.
+the temperature of the loss and a classifier that was replaced, and measures how far the images want gates of their own.
+Changes that classifier and nothing else.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from se_inject.block import SqueezeExcite
+from se_inject.dependence import measure_dependence
 from se_inject.groups import iterate_batch_norms
 from se_inject.heads import Classifier, find_classifier
 from se_inject.loaders import TrainLoader
@@ -60,6 +62,9 @@ def calibrate(
     a temperature changes no answer, and gives every image its part again. It is one and a half times the one between
     0.5 and 4 at which the cross-entropy of these images is lowest, and 1 for a classifier that was replaced.
 
+    **The rate of the blocks** (`se_lr: 0`) is the backbone's, or ten times that where the images want gates of their
+    own (`measure_dependence`, on half as many images, as it runs the network backwards too; `Recipe.settle`).
+
     Args:
         model: As it is before the first step. A fresh classifier is given weights; nothing else is changed.
         loader: The first batches of its first epoch are used.
@@ -70,8 +75,30 @@ def calibrate(
         compute: Makes the context in which the network runs, such as autocast.
 
     Returns:
-        The recipe with `batch_norm` and `label_temperature` settled.
+        The recipe with `batch_norm`, `label_temperature` and `se_lr` settled.
     """
+    settled = _settle_outputs(model, loader, recipe, world, fresh=fresh, compute=compute)
+    is_open = not recipe.se_lr and recipe.train == "all" and recipe.distill < 1 and settled.optimizer == "sgd"
+    own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)} if is_open else {}
+    if not own:
+        return settled
+    with set_training(model, False), _adapting(model, adapts=settled.batch_norm != "frozen"):
+        found = measure_dependence(
+            model, own, _take(loader, _NUM_IMAGES // 2), world, temperature=settled.label_temperature, compute=compute
+        )
+    return recipe.settle(settled.batch_norm, settled.label_temperature, found)
+
+
+def _settle_outputs(
+    model: nn.Module,
+    loader: TrainLoader,
+    recipe: Recipe,
+    world: World,
+    *,
+    fresh: Collection[str],
+    compute: Callable[[], Any],
+) -> Recipe:
+    """Settle the statistics of the batch norms and the temperature, and fit a fresh classifier."""
     usual = recipe.settle("train", 1.0)
     is_settled = recipe.batch_norm != "auto" and recipe.label_temperature
     if recipe.distill == 1 or (is_settled and not fresh):
@@ -122,7 +149,7 @@ def _observe(
     num = max(_NUM_IMAGES, 0 if classifier is None else _NUM_IMAGES_EACH * len(classifier.weight))
     hook = None if classifier is None else classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
-        for images, labels in itertools.islice(loader.iterate(0, 0), -(-num // loader.batch_size)):
+        for images, labels in _take(loader, num):
             with compute():
                 outputs = model(images)
             if classifier is None:
@@ -134,6 +161,11 @@ def _observe(
     observed = world.gather(torch.cat([item.flatten(1).float() for item in seen]))
     labels = world.gather(torch.cat(known))
     return observed[labels >= 0], labels[labels >= 0]
+
+
+def _take(loader: TrainLoader, num: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take the first batches of the first epoch, with at least so many images if there are."""
+    return itertools.islice(loader.iterate(0, 0), -(-num // loader.batch_size))
 
 
 def _fit_temperature(outputs: Tensor, labels: Tensor) -> tuple[float, float]:

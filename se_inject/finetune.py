@@ -123,6 +123,8 @@ def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) ->
         )
     if recipe.batch_norm == "auto" and result.history[0]["batch_norm"] == "frozen":
         yield "batch norms kept their statistics, which fit these images better than those of a batch"
+    if not recipe.se_lr and result.history[0]["se_lr"] > recipe.lr:
+        yield "the blocks learned at ten times the backbone's rate: the images want gates of their own"
 
 
 def _check_folder(folder: Path, *, resume: bool) -> None:

@@ -40,7 +40,8 @@ class Recipe:
         gates_share: The part of the steps, from the first, in which the blocks alone learn.
         gates_lr: Peak learning rate of the blocks in these steps.
         lr: Peak learning rate of the backbone afterwards.
-        se_lr: Peak learning rate of the blocks afterwards.
+        se_lr: Peak learning rate of the blocks afterwards; 0 is `lr`, or with SGD ten times that where the training
+            images want gates of their own (`calibrate`).
         head_lr: Peak learning rate of a classifier that was replaced; it is fitted before the first step.
         warmup_share: The part of each stage's steps in which the rates rise from zero.
         min_lr_share: The rates at the end of the cosine, as a part of the peak.
@@ -82,7 +83,7 @@ class Recipe:
     gates_share: float = 0.0
     gates_lr: float = 0.1
     lr: float = 0.01
-    se_lr: float = 0.01
+    se_lr: float = 0.0
     head_lr: float = 0.01
     warmup_share: float = 0.05
     min_lr_share: float = 0.01
@@ -111,8 +112,13 @@ class Recipe:
     workers: int = 2
     checkpoint_minutes: float = 5.0
 
-    def settle(self, batch_norm: BatchNorm, label_temperature: float) -> Recipe:
+    def settle(self, batch_norm: BatchNorm, label_temperature: float, dependence: float = 0.0) -> Recipe:
         """Fill in what the recipe leaves to the images; what it does not leave open stays.
+
+        Args:
+            batch_norm: For "auto".
+            label_temperature: For 0.
+            dependence: From `measure_dependence`; what the rate of the blocks goes by, if it is 0.
 
         A convolution in front of a batch norm that uses the batch's statistics may be scaled as one likes, so that SGD
         finds a rate for each by itself. Statistics that are kept do not balance the layers; Adam does.
@@ -121,13 +127,16 @@ class Recipe:
             self,
             batch_norm=batch_norm if self.batch_norm == "auto" else self.batch_norm,
             label_temperature=self.label_temperature or label_temperature,
+            se_lr=self.se_lr or self.lr,
         )
-        if self.optimizer != "auto":
-            return settled
-        if settled.batch_norm != "frozen":
-            return replace(settled, optimizer="sgd")
-        rates = {key: share * getattr(self, key) for key, share in _ADAM.items()}
-        return replace(settled, optimizer="adamw", warmup_share=max(self.warmup_share, _ADAM_WARMUP), **rates)
+        if self.optimizer == "auto" and settled.batch_norm == "frozen":
+            rates = {key: share * getattr(settled, key) for key, share in _ADAM.items()}
+            return replace(settled, optimizer="adamw", warmup_share=max(self.warmup_share, _ADAM_WARMUP), **rates)
+        if self.optimizer == "auto":
+            settled = replace(settled, optimizer="sgd")
+        if settled.optimizer == "sgd" and not self.se_lr and dependence >= _DEPENDENT:
+            return replace(settled, se_lr=_DEPENDENT_RATE * self.lr)
+        return settled
 
     def to_values(self) -> dict[str, Any]:
         """Turn into plain values, for a file."""
@@ -140,6 +149,8 @@ _ADAM = {"gates_lr": 0.03, "lr": 0.03, "se_lr": 0.3, "head_lr": 0.03}
 _RATES = tuple(_ADAM)
 _ADAM_WARMUP = 0.3
 """Adam's first steps are as long as the rate, however small the gradient; nine steps without this lost 5 points."""
+_DEPENDENT, _DEPENDENT_RATE = 0.005, 10.0
+"""From which dependence on the blocks' rate is how many times the backbone's; recipes/README.md has the figures."""
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")
 _KEYS = {f.name: f for f in fields(Recipe)}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,7 @@ class _Run:
             raise TrainingError(
                 f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
                 f"good checkpoint is kept in {self.folder}; try --set lr={self.job.recipe.lr / 10:g} --set "
-                f"se_lr={self.job.recipe.se_lr / 10:g}, or --set clip=1"
+                f"se_lr={(self.job.recipe.se_lr or self.job.recipe.lr) / 10:g}, or --set clip=1"
             )
 
     def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
@@ -293,7 +293,8 @@ class _Run:
     def _note(self, scores: Scores) -> None:
         epoch = self.step / self.job.train.num_steps
         values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
-                  "batch_norm": self.recipe.batch_norm, "label_temperature": self.recipe.label_temperature}  # fmt: skip
+                  "batch_norm": self.recipe.batch_norm, "label_temperature": self.recipe.label_temperature,
+                  "se_lr": self.recipe.se_lr}  # fmt: skip
         is_best = all(scores.top1 > item["top1"] for item in self.history if item["step"])
         self.history.append(values)
         self.scores = scores
@@ -322,6 +323,7 @@ class _Run:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
         self.seconds, settled = found.seconds, found.history[0]
-        self.recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"])
+        recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"])
+        self.recipe = replace(recipe, se_lr=settled.get("se_lr", recipe.se_lr))  # older runs had the recipe's
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()

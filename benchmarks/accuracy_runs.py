@@ -96,10 +96,11 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         opened.model.to(world.device)
         loader, compute = TrainLoader(data, opened.form, recipe, world), partial(autocast, recipe, world)
         # On the original, for all arms: what is pasted in breaks the start, and would settle other things.
-        settled = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
+        settled, dependence = calibrate(opened.model, loader, recipe, world, fresh=opened.fresh, compute=compute)
         model, before = _get_start(run, opened, world, files)
         if run.arm not in PASTED and settled.optimizer == "sgd":  # whose blocks have a rate that goes by the images
-            settled = calibrate(model, loader, replace(settled, se_lr=recipe.se_lr), world, compute=compute)
+            recipe = replace(settled, se_lr=recipe.se_lr)
+            settled, dependence = calibrate(model, loader, recipe, world, compute=compute)
         recipe = settle_rates(run.arm, settled)
         if run.arm == "search":
             model = search_half(model, opened, data, recipe, world)
@@ -129,6 +130,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         "batch_norm": recipe.batch_norm,
         "label_temperature": recipe.label_temperature,
         "se_lr": recipe.se_lr,
+        "dependence": dependence,
         "parameters": sum(p.numel() for p in outcome.model.parameters()),
         "blocks": len(se_inject.blocks(outcome.model)),
         "steps": job.num_steps,

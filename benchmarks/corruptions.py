@@ -1,12 +1,13 @@
 """Images that differ from each other as those of many devices do: a copy of a folder, each image with a corruption.
 
-    python -m benchmarks.corruptions FOLDER OUT
+    python -m benchmarks.corruptions FOLDER OUT [--share SHARE]
 
 Each image gets one of eight corruptions, or none, of a random strength: Gaussian noise, blur, contrast, brightness,
 saturation, pixelation, gamma, a colour cast. All but the last two are of the kinds of ImageNet-C (Hendrycks and
 Dietterich, 2019), by torchvision and with strengths of their own. What an image gets depends on its path in the folder
 alone, so that the copy is the same each time. Networks are trained and tested on such images: what is measured is not
-robustness, but what a network makes of images that want to be treated one by one. The copies are PNG.
+robustness, but what a network makes of images that want to be treated one by one. With --share 0.5 one image in two is
+left as it is. The copies are PNG.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--share", type=float, default=1, help="Of the images that may be corrupted.")
     options = parser.parse_args()
     suffixes = get_img_extensions(as_set=True)
     paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in suffixes)
@@ -109,8 +111,9 @@ def main() -> None:
         name = path.relative_to(options.folder)
         target = (options.out / name).with_suffix(".png")
         target.parent.mkdir(parents=True, exist_ok=True)
+        is_left = zlib.crc32("".join(("blend", *name.with_suffix("").parts)).encode()) >= options.share * 2**32
         with Image.open(path) as image:
-            corrupt(image, zlib.crc32(name.as_posix().encode())).save(target)
+            (image if is_left else corrupt(image, zlib.crc32(name.as_posix().encode()))).save(target)
     print(f"{len(paths)} images in {options.out}")
 
 

@@ -44,7 +44,7 @@ def calibrate(
     *,
     fresh: Collection[str] = (),
     compute: Callable[[], Any],
-) -> Recipe:
+) -> tuple[Recipe, float]:
     """Settle what a recipe leaves open, from up to 2,048 training images (16 a class, if those are more).
 
     **Batch norms** (`batch_norm: auto`). A network that is put into train mode normalises by the statistics of each
@@ -75,18 +75,19 @@ def calibrate(
         compute: Makes the context in which the network runs, such as autocast.
 
     Returns:
-        The recipe with `batch_norm`, `label_temperature` and `se_lr` settled.
+        The recipe with `batch_norm`, `label_temperature` and `se_lr` settled, and how far the images want gates of
+        their own; 0 where nothing hangs on it.
     """
     settled = _settle_outputs(model, loader, recipe, world, fresh=fresh, compute=compute)
     is_open = not recipe.se_lr and recipe.train == "all" and recipe.distill < 1 and settled.optimizer == "sgd"
     own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)} if is_open else {}
     if not own:
-        return settled
+        return settled, 0.0
     with set_training(model, False), _adapting(model, adapts=settled.batch_norm != "frozen"):
         found = measure_dependence(
             model, own, _take(loader, _NUM_IMAGES // 2), world, temperature=settled.label_temperature, compute=compute
         )
-    return recipe.settle(settled.batch_norm, settled.label_temperature, found)
+    return recipe.settle(settled.batch_norm, settled.label_temperature, found), found
 
 
 def _settle_outputs(

@@ -56,7 +56,10 @@ def measure_dependence(
             outputs = model(images)
         known = labels >= 0
         loss = F.cross_entropy(outputs[known].float() / temperature, labels[known], reduction="sum")
+        # A block that was run twice, or on parts of images, tells nothing of one image.
         ran = {path: note for path, note in notes.items() if [len(each) for each in note.excited] == [len(labels)]}
+        if not ran:
+            continue
         gradients = torch.autograd.grad(loss, [note.excited[0] for note in ran.values()])
         everywhere = world.gather(labels) >= 0
         for (path, note), gradient in zip(ran.items(), gradients, strict=True):

@@ -153,7 +153,7 @@ def search(
     limit = base * budget.amount / 100 if budget.is_share else budget.amount
     _check_limit(limit, costs, budget)
     compute = partial(autocast, recipe, world)
-    recipe = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
+    recipe, _ = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
     gradients = measure_gradients(model, loader, compute, recipe.label_temperature, report)
     tried = spend(gradients, costs, _ROOM * limit)
     model = restrict_blocks(model, plan.leave_out({path: "" for path in costs if path not in tried}))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ class _Run:
     def __init__(self, job: Job, folder: Path, log: RunLog, keep: Keep) -> None:
         self.job, self.folder, self.log, self.keep = job, folder, log, keep
         recipe, world = job.recipe, job.world
-        self.recipe = recipe  # settled before the first step
+        self.recipe, self.dependence = recipe, 0.0  # settled before the first step
         self.model = job.model
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -153,7 +153,7 @@ class _Run:
             self._restore(found)
         else:
             with quote_memory("batch_size", self.recipe.batch_size):
-                self.recipe = calibrate(
+                self.recipe, self.dependence = calibrate(
                     self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
                 )
         if not self.history:
@@ -294,7 +294,7 @@ class _Run:
         epoch = self.step / self.job.train.num_steps
         values = {"step": self.step, "epoch": epoch, "val_loss": scores.loss, "top1": scores.top1, "top5": scores.top5,
                   "batch_norm": self.recipe.batch_norm, "label_temperature": self.recipe.label_temperature,
-                  "se_lr": self.recipe.se_lr}  # fmt: skip
+                  "se_lr": self.recipe.se_lr, "dependence": self.dependence}  # fmt: skip
         is_best = all(scores.top1 > item["top1"] for item in self.history if item["step"])
         self.history.append(values)
         self.scores = scores
@@ -323,7 +323,7 @@ class _Run:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
         self.seconds, settled = found.seconds, found.history[0]
-        recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"])
-        self.recipe = replace(recipe, se_lr=settled.get("se_lr", recipe.se_lr))  # older runs had the recipe's
+        self.dependence = settled.get("dependence", 0.0)  # older recipes had no use for it
+        self.recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"], self.dependence)
         if self.step == self.job.num_steps:  # it is over
             self.scores = self._validate()

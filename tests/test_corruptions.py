@@ -40,6 +40,23 @@ def test_a_copy_is_the_same_each_time_and_its_images_differ(tmp_path, monkeypatc
     assert set(first) == {path.relative_to(folder).with_suffix(".png") for path in paths}
 
 
+def test_of_a_share_the_others_are_left(tmp_path, monkeypatch):
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    for i in range(100):
+        Image.new("RGB", (8, 8), (90, 120, 150)).save(folder / f"{i}.png")
+    for name, share in (("all", "1"), ("some", "0.5"), ("none", "0")):
+        monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "train"), str(tmp_path / name), "--share", share])
+        corruptions.main()
+    left, same = 0, 0
+    for path in folder.iterdir():
+        whole, some, none = ((tmp_path / name / "cat" / path.name).read_bytes() for name in ("all", "some", "none"))
+        assert none == path.read_bytes()
+        assert some in (whole, none)
+        left, same = left + (some == none), same + (whole == none)
+    assert 30 < left - same < 60
+
+
 def test_a_folder_without_images_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["corruptions", str(tmp_path), str(tmp_path / "out")])
     with pytest.raises(SystemExit):

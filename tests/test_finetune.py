@@ -100,6 +100,16 @@ def test_a_comparison_ends_with_a_table_and_one_sentence(run, data):  # noqa: F8
     assert Path("tuned.pt").read_bytes() == before
 
 
+def test_it_says_that_the_blocks_were_faster(run, data, monkeypatch):  # noqa: F811
+    args = ["--set", "batch_norm=train", "--epochs", "0.2"]
+    assert "gates of their own" not in tune(run, data, *args, "--out", "slow.pt")[2]
+    monkeypatch.setattr("se_inject.calibration.measure_dependence", lambda *_, **__: 0.02)
+    _, _, err = tune(run, data, *args, "--out", "fast.pt")
+    assert "the blocks learned at ten times the backbone's rate: the images want gates of their own" in err
+    found = [json.loads(Path(f"runs/{n}/result.json").read_text())["history"][0] for n in ("slow", "fast")]
+    assert [(each["se_lr"], each["dependence"]) for each in found] == [(0.01, 0.0), (0.1, 0.02)]
+
+
 def test_another_number_of_classes_replaces_the_classifier(run, tmp_path):  # noqa: F811
     few = write_digits(tmp_path / "few", 160)
     for folder in (few / "train", few / "val"):

@@ -47,7 +47,8 @@ def measure_dependence(
         compute: Makes the context in which the network runs, such as autocast.
 
     Returns:
-        The share of the variance that is explained, its mean over the blocks; 0 with fewer than `FEWEST` images.
+        The share of the variance that is explained, its mean over the blocks; 0 with fewer than `FEWEST` images, or
+        where the loss is no finite number.
     """
     squeezed: dict[str, list[Tensor]] = {path: [] for path in own}
     wanted: dict[str, list[Tensor]] = {path: [] for path in own}
@@ -101,7 +102,7 @@ def _noting(own: Mapping[str, SqueezeExcite]) -> Iterator[dict[str, _Notes]]:
 
 def _collect(values: Tensor, is_known: Tensor, world: World) -> Tensor:
     """Collect values (N, C, 1, 1) from all processes, as (known images of all, C)."""
-    return world.gather(values.flatten(1))[is_known].double().cpu()
+    return world.gather(values.flatten(1))[is_known].float().cpu()
 
 
 def _explain(inputs: Tensor, targets: Tensor) -> Tensor:
@@ -111,10 +112,10 @@ def _explain(inputs: Tensor, targets: Tensor) -> Tensor:
     shares = []
     for learned, tried in ((slice(0, None, 2), slice(1, None, 2)), (slice(1, None, 2), slice(0, None, 2))):
         known, center = inputs[learned], targets[learned].mean(0)
-        values, vectors = torch.linalg.eigh(known @ known.T)
-        parts = vectors.T @ (targets[learned] - center)
-        scales = 1 / (values[:, None] + len(known) * ridges)
-        guesses = torch.einsum("tn,nr,nk->rtk", inputs[tried] @ known.T @ vectors, scales, parts)
+        systems = known @ known.T + len(known) * ridges[:, None, None] * torch.eye(len(known))
+        factors = torch.linalg.cholesky_ex(systems).L  # raises nothing where numbers are not finite
+        weights = torch.cholesky_solve(targets[learned] - center, factors)
+        guesses = inputs[tried] @ known.T @ weights
         rest = targets[tried] - targets.mean(0)
         shares.append(1 - (rest - guesses).square().sum((1, 2)) / rest.square().sum().clamp_min(1e-30))
     return torch.stack(shares).mean(0)

@@ -108,6 +108,12 @@ def test_too_few_images_tell_nothing(loader):
     assert measure(model, batches[: few - 1]) == 0 < measure(model, batches[:few])
 
 
+def test_a_broken_network_tells_nothing(loader):
+    model = inject(learn(loader, epochs=1), r=4, example=EXAMPLE).eval()
+    model.stem.weight.data.fill_(float("nan"))
+    assert measure(model, list(loader.iterate(0))[:10]) == 0
+
+
 def test_a_block_that_is_run_twice_tells_nothing_of_one_image(loader):
     class Twice(nn.Module):
         def __init__(self, model):

@@ -61,7 +61,8 @@ def measure_dependence(
         ran = {path: note for path, note in notes.items() if [len(each) for each in note.excited] == [len(labels)]}
         if not ran:
             continue
-        gradients = torch.autograd.grad(loss, [note.excited[0] for note in ran.values()])
+        excited = [note.excited[0] for note in ran.values()]
+        gradients = torch.autograd.grad(loss, excited, materialize_grads=True)  # zeros where nothing comes of a block
         everywhere = world.gather(labels) >= 0
         for (path, note), gradient in zip(ran.items(), gradients, strict=True):
             squeezed[path].append(_collect(note.squeezed[0], everywhere, world))
@@ -117,5 +118,6 @@ def _explain(inputs: Tensor, targets: Tensor) -> Tensor:
         weights = torch.cholesky_solve(targets[learned] - center, factors)
         guesses = inputs[tried] @ known.T @ weights
         rest = targets[tried] - targets.mean(0)
-        shares.append(1 - (rest - guesses).square().sum((1, 2)) / rest.square().sum().clamp_min(1e-30))
+        whole = rest.square().sum()
+        shares.append((whole - (rest - guesses).square().sum((1, 2))) / whole.clamp_min(1e-30))
     return torch.stack(shares).mean(0)

@@ -129,6 +129,20 @@ def test_a_block_that_is_run_twice_tells_nothing_of_one_image(loader):
     assert measure(Twice(once), batches) == 0
 
 
+def test_a_block_of_which_nothing_comes_explains_nothing(loader):
+    class Aside(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.fc = model, nn.Linear(64, 10)
+
+        def forward(self, x):
+            self.model(x)
+            return self.fc(x.flatten(1))
+
+    model = Aside(inject(learn(loader, epochs=1), r=4, example=EXAMPLE)).eval()
+    assert measure(model, list(loader.iterate(0))[:10]) == 0
+
+
 def test_nothing_is_left_on_the_network(loader):
     model = inject(learn(loader, epochs=1), r=4, example=EXAMPLE).eval()
     batches = list(loader.iterate(0))[:9]

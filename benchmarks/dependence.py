@@ -24,6 +24,7 @@ import se_inject
 from benchmarks.accuracy_networks import NAMES, make_data, open_pretrained
 from benchmarks.setting import describe_setting
 from se_inject.calibration import calibrate
+from se_inject.contents import count_images
 from se_inject.loaders import TrainLoader
 from se_inject.recipe import read_recipe
 from se_inject.tasks import autocast
@@ -35,6 +36,7 @@ def measure(options: argparse.Namespace, folder: Path, share: float, seed: int) 
     world = World(torch.device("cpu"))
     recipe = read_recipe("short", ["crop=padded", "precision=bf16", "workers=0", f"seed={seed}"])
     data = make_data(options.network, folder, share=share, seed=seed)
+    assert data.train is not None
     opened = open_pretrained(options.network, weights=options.weights, input_size=64, seed=seed)
     model = se_inject.inject(opened.model)
     loader = TrainLoader(data, opened.form, recipe, world)
@@ -45,7 +47,7 @@ def measure(options: argparse.Namespace, folder: Path, share: float, seed: int) 
     return {
         "network": options.network,
         "data": folder.name,
-        "num_train": len(data.train),  # type: ignore[arg-type]
+        "num_train": count_images(data.train),
         "seed": seed,
         "dependence": dependence,
         "se_lr": settled.se_lr,

@@ -1,18 +1,14 @@
 """How far the images want gates of their own, and the rate that blocks have by it."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from sklearn.linear_model import Ridge
 from torch import nn
 
+from benchmarks.dependence import write_table
 from se_inject import blocks, inject
 from se_inject.block import SqueezeExcite
 from se_inject.calibration import calibrate
@@ -24,6 +20,7 @@ from se_inject.training import InterruptedTrainingError
 from se_inject.world import World
 from tests import nets
 from tests.digits import write_digits
+from tests.ranks import run_in_two
 from tests.test_calibration import learn
 from tests.test_training import FORM, SMALL, assert_same_states, make_job, run, run_until
 
@@ -202,19 +199,13 @@ def test_an_interrupted_run_keeps_the_rate_that_was_settled(digits, tmp_path):
 
 
 def test_two_processes_settle_the_same_by_the_images_of_both(tmp_path):
-    script = textwrap.dedent(
-        """
-        import sys, torch, torch.distributed as dist
+    script = """
         from contextlib import nullcontext
         from se_inject import blocks, inject
         from se_inject.dependence import measure_dependence
         from se_inject.world import World
         from tests import nets
 
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-        torch.manual_seed(0)
         model = inject(nets.TwoBranches()).eval()
         kinds = torch.randint(0, 3, (4, 64))
         batches = [(torch.randn(64, 3, 8, 8) + 3 * torch.eye(3)[kind][:, :, None, None], kind) for kind in kinds]
@@ -226,20 +217,16 @@ def test_two_processes_settle_the_same_by_the_images_of_both(tmp_path):
         part = [(images[rank::2], labels[rank::2]) for images, labels in batches]
         together = measure(part, World(torch.device("cpu"), rank, 2))
         assert alone > 0.01 and abs(together / alone - 1) < 1e-4, (alone, together)
-        dist.barrier()
-        dist.destroy_process_group()
-        print("equal")
         """
-    )
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        out, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert "equal" in out
+    run_in_two(script, tmp_path)
+
+
+def test_the_table_has_a_line_for_all_seeds():
+    rows = [
+        {"network": "resnet20", "data": name, "num_train": 5000, "dependence": share, "se_lr": rate}
+        for name, share, rate in (("plain", 0.0003, 0.01), ("mixed", 0.012, 0.1), ("mixed", 0.0048, 0.01))
+    ]
+    assert write_table(rows).splitlines()[2:] == [
+        "| resnet20 | plain | 5,000 | 0.03 | 0.01 |",
+        "| resnet20 | mixed | 5,000 | 1.20, 0.48 | 0.1, 0.01 |",
+    ]

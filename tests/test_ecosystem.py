@@ -1,10 +1,6 @@
 """What people do with a network afterwards works on the result, and gives the same outputs."""
 
 import copy
-import os
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import timm
@@ -13,6 +9,7 @@ from torch import nn
 
 from se_inject import blocks, inject
 from tests import nets
+from tests.ranks import run_in_two
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +82,13 @@ def test_onnx(trained, x, tmp_path):
 
 
 def test_ddp_over_gloo_gives_the_gradients_of_one_process(tmp_path):
-    script = textwrap.dedent(
-        """
-        import sys, torch, torch.distributed as dist
+    script = """
         from torch import nn
         from torch.nn.parallel import DistributedDataParallel
         from se_inject import blocks, inject
         from se_inject.errors import ModelError
         from tests import nets
 
-        torch.set_num_threads(1)
-        rank = int(sys.argv[1])
-        dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-        torch.manual_seed(0)
         model = inject(nets.TwoBranches())
         for block in blocks(model).values():
             nn.init.normal_(block.fc2.weight)
@@ -117,25 +108,8 @@ def test_ddp_over_gloo_gives_the_gradients_of_one_process(tmp_path):
             for name, p in model.named_parameters():
                 torch.testing.assert_close(found[name], p.grad, rtol=1e-4, atol=1e-6)  # sums in another order
             assert any(".fc1." in name or name.startswith("se") for name in found)
-            print("equal")
-        dist.barrier()
-        dist.destroy_process_group()
         """
-    )
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for rank in range(2)
-    ]
-    results = [process.communicate(timeout=120) for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], results[0][1][-2000:] + results[1][1][-2000:]
-    assert results[0][0].strip().endswith("equal")
+    run_in_two(script, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -70,7 +70,7 @@ class Recipe:
         color_jitter: Strength of the change of brightness, contrast and saturation.
         auto_augment: timm's policy, as in "rand-m9-mstd0.5"; empty is none.
         erase: Probability of random erasing.
-        precision: "bf16" computes under autocast; "auto" does so on CUDA alone.
+        precision: "bf16" computes under autocast; "auto" does so where a GPU computes in bf16.
         channels_last: Whether maps lie in memory as (N, H, W, C), which convolutions of most devices prefer.
         workers: Processes that read images, for each process that trains; 0 reads in the process itself.
         checkpoint_minutes: A checkpoint is written at least so often, and after each epoch.

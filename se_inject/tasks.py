@@ -86,7 +86,7 @@ def make_optimizer(
 
 def autocast(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:
     """Make the context in which the network runs: bf16 or plain."""
-    is_mixed = recipe.precision == "bf16" or (recipe.precision == "auto" and world.is_cuda)
+    is_mixed = recipe.precision == "bf16" or (recipe.precision == "auto" and world.computes_bf16)
     return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=is_mixed)
 
 

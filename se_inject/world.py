@@ -41,6 +41,11 @@ class World:
         """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
+    @property
+    def computes_bf16(self) -> bool:
+        """Whether the device is a GPU that computes in bf16; those before Ampere emulate it, slower than fp32."""
+        return self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+
     def add_up(self, tensor: Tensor) -> Tensor:
         """Add a tensor up over all processes, in place."""
         if self.size > 1:

@@ -20,7 +20,7 @@ from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
 from se_inject.stages import Stage, list_stages
-from se_inject.tasks import make_optimizer, make_teacher
+from se_inject.tasks import autocast, make_optimizer, make_teacher
 from se_inject.training import InterruptedTrainingError, Job, train
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits
@@ -374,6 +374,19 @@ def test_bf16_is_an_option(digits, tmp_path):
     outcome = run(make_job(digits, replace(SMALL, precision="bf16", epochs=0.5)), tmp_path / "run")
     assert all(p.dtype is torch.float32 for p in outcome.model.parameters())
     assert outcome.scores.num_images == 40
+
+
+@pytest.mark.parametrize(
+    ("device", "computes", "expected"), [("cuda", True, True), ("cuda", False, False), ("cpu", True, False)]
+)
+def test_automatic_precision_is_bf16_where_a_gpu_computes_in_it(device, computes, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "torch.cuda.is_bf16_supported", lambda including_emulation: asked.append(including_emulation) or computes
+    )
+    monkeypatch.setattr("torch.autocast", lambda device, dtype, enabled: enabled)
+    assert autocast(SMALL, World(torch.device(device))) is expected
+    assert not any(asked)  # what is emulated does not count
 
 
 def test_the_history_is_plain(digits, tmp_path):

@@ -6,6 +6,7 @@ image. Nothing is left on the network.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ModelError
-from se_inject.rewrite import blocks, get_plan
+from se_inject.identity import find_difference
+from se_inject.rewrite import blocks, find_plan, get_plan
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,16 @@ def get_own_blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Tell whether all blocks are exact identities still."""
-    own = [block for block in blocks(model).values() if isinstance(block, SqueezeExcite)]
-    return all(not block.fc2.weight.any() and (block.fc2.bias is None or not block.fc2.bias.any()) for block in own)
+    """Tell whether all blocks of an injected network are exact identities still; another attention is run to see."""
+    found, plan = blocks(model), find_plan(model)
+    sites = () if plan is None else plan.sites
+    return all(_is_identity(found[site.path], site.channels) for site in sites if site.path in found)
+
+
+def _is_identity(block: nn.Module, channels: int) -> bool:
+    if isinstance(block, SqueezeExcite):
+        return not block.fc2.weight.any() and (block.fc2.bias is None or not block.fc2.bias.any())
+    return not find_difference(copy.deepcopy(block).cpu(), channels)
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from pathlib import Path
 from torch import nn
 
 from se_inject.artifact import read_artifact, save
-from se_inject.block import SqueezeExcite
 from se_inject.card import Card, check_license, find_origin
 from se_inject.errors import ArtifactError
 from se_inject.files import write_whole
@@ -28,7 +27,6 @@ from se_inject.hub import HUB, read_name, upload_folder
 from se_inject.measured import read_run
 from se_inject.plan import Plan
 from se_inject.provenance import Source
-from se_inject.rewrite import blocks
 
 
 def save_folder(
@@ -167,14 +165,13 @@ class _Publication:
         values, state = read_artifact(folder / WEIGHTS)
         source = None if values["source"] is None else Source.from_values(values["source"])
         plan = Plan.from_json(json.dumps(values["plan"]))
-        own = [block for block in blocks(self.model).values() if isinstance(block, SqueezeExcite)]
         card = Card(
             title,
             address,
             plan,
             source,
             sum(parameter.numel() for parameter in self.model.parameters()),
-            is_fresh=len(own) == len(plan.sites) and is_fresh(self.model),
+            is_fresh=is_fresh(self.model),
             license=self.license,
             origin=find_origin(source, getattr(self.model, "pretrained_cfg", None)),
             measured=None if self.run is None else read_run(self.run, state),

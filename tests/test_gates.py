@@ -15,7 +15,7 @@ from se_inject import blocks, collect_gates, eject, inject, load, optimize, save
 from se_inject.errors import DataError, ModelError
 from se_inject.gate_folding import find_gate_folds
 from se_inject.gate_statistics import GateTally
-from se_inject.gates import Passed, fix_gates, get_own_blocks
+from se_inject.gates import Passed, fix_gates, get_own_blocks, is_fresh
 from se_inject.restriction import FOLDED, fold_gates
 from se_inject.rewrite import get_plan
 from tests import nets
@@ -90,6 +90,16 @@ def test_images_without_labels_have_no_class(model):
     assert found["block1.se"]["count"].values.tolist() == [0, 0, 0]
     assert np.isnan(found["block1.se"]["mean"].values).all()
     assert not np.isnan(found["block1.se"]["overall_mean"].values).any()
+
+
+@pytest.mark.parametrize("block", ["se", "eca", "cbam", "ge"])
+def test_blocks_are_fresh_until_one_is_changed(block):
+    model = inject(Classifier(), block=block, example=torch.zeros(2, 3, 8, 8))
+    assert is_fresh(model)
+    with torch.no_grad():
+        for parameter in model.block2.se.parameters():
+            parameter.add_(0.1)
+    assert not is_fresh(model)
 
 
 def test_the_mode_is_kept(model):

@@ -1,9 +1,9 @@
 """Training: run a recipe on a network, from its start or from a checkpoint.
 
-Takes a network, batches and a recipe, changes the network's weights and gives the `Outcome`. First the blocks learn on
-a frozen backbone, then everything learns along a cosine. Every random draw is a function of the seed and the step, so
-that a run that was interrupted ends, on one CPU process, with the same bits as one that was not. timm has the losses,
-optimizers, schedules, mixup and the moving average.
+Takes a network, batches and a recipe, changes the network's weights and gives the `Outcome`. The recipe's stages (the
+blocks alone, everything) follow each other, each along a cosine. Every random draw is a function of the seed and the
+step, so that a run that was interrupted ends, on one CPU process, with the same bits as one that was not. timm has the
+losses, optimizers, schedules, mixup and the moving average.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from se_inject.hub import locate
 from se_inject.marks import SOURCE, find_mark, mark_module
 from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
-from se_inject.provenance import Source
+from se_inject.provenance import UNRECORDED, Source
 from se_inject.records import read_record, write_record
 from se_inject.rewrite import blocks, find_plan, get_plan, inject
 from se_inject.sources import build_skeleton
@@ -199,7 +199,7 @@ def _recognise_timm(model: nn.Module) -> Source | None:
     options = {**getattr(model, "_model_args", {}), "num_classes": getattr(model, "num_classes", None)}
     if not all(value is None or isinstance(value, (bool, int, float, str)) for value in options.values()):
         return None
-    source = Source("timm", name, options)
+    source = Source("timm", name, options, UNRECORDED)
     optimization = find_optimization(model)
     try:
         skeleton = build_skeleton(source)

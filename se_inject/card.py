@@ -18,7 +18,7 @@ from se_inject import __version__
 from se_inject.errors import OptionError
 from se_inject.measured import Measured
 from se_inject.plan import SE, Plan
-from se_inject.provenance import RANDOM, Source
+from se_inject.provenance import RANDOM, UNRECORDED, Source
 
 UNKNOWN = "unknown"
 _MANY = 20
@@ -122,7 +122,7 @@ def find_origin(source: Source | None, config: object) -> Origin:
         return Origin(source.weights.removeprefix("hf-hub:").partition("@")[0])
     known = config if isinstance(config, Mapping) else {}
     repository, address = (str(known.get(key) or "") for key in ("hf_hub_id", "url"))
-    if source.weights not in (repository, address) or source.weights == RANDOM:
+    if source.weights in (RANDOM, UNRECORDED) or source.weights not in (repository, address):
         return Origin()
     return Origin(repository if source.weights == repository else "", str(known.get("license") or "").lower())
 
@@ -145,7 +145,7 @@ def _describe(card: Card) -> str:
     begun = ""
     if source is not None and source.library == "factory":
         begun = f", built by `{_quote(source.name)}`,"
-    elif source is not None and source.weights == RANDOM:  # as it also says where nothing is known of the weights
+    elif source is not None and source.weights in (RANDOM, UNRECORDED):  # older files say the first for both
         begun = f", built as `{_quote(str(source).partition('.')[0] if source.library == 'timm' else str(source))}`,"
     elif source is not None:
         begun = f", built as `{_quote(str(source))}` and begun from the weights `{_quote(source.weights)}`,"

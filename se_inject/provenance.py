@@ -14,6 +14,8 @@ from se_inject.errors import SourceError, make_printable
 
 Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
+UNRECORDED = "not recorded"
+"""Of a network that was recognised by what it is, whose weights may be anybody's."""
 _MAX_NAME = 500
 _MAX_SIZE = 1 << 14
 """Of the sides of images, in pixels."""

@@ -8,7 +8,8 @@ code is written does not matter.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         run: Runs it once, and returns its outputs.
     """
     watch = _Watch(model)
-    with torch.no_grad(), watch:
+    with _given_biases(model), torch.no_grad(), watch:
         outputs = run()
     for x in tree_leaves(outputs):
         watch.note_reader(x, None)
@@ -65,6 +66,37 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         if norm is not None and is_only and _can_fold(model, path, norm):
             folds.append(Fold(path, norm, not _find_extras(model.get_submodule(norm))))
     return Course(tuple(folds), watch.num_calls)
+
+
+@contextmanager
+def _given_biases(model: nn.Module) -> Iterator[None]:
+    """Give each convolution a bias of zeros for as long as the context lasts, to see whether the code has it added."""
+    bare = [module for module in model.modules() if isinstance(module, _ConvNd) and _lacks_bias(module)]
+    try:
+        for convolution in bare:
+            convolution.bias = _make_bias(convolution)
+        yield
+    finally:
+        for convolution in bare:
+            convolution.bias = None
+
+
+def add_biases(model: nn.Module, folds: Iterable[Fold]) -> None:
+    """Give the convolutions of folds a bias of zeros where they have none, which code that is written then hands on."""
+    for fold in folds:
+        convolution = cast("_ConvNd", model.get_submodule(fold.convolution))
+        if _lacks_bias(convolution):
+            convolution.bias = _make_bias(convolution)
+
+
+def _lacks_bias(convolution: _ConvNd) -> bool:
+    parameters = convolution._parameters
+    return parameters.get("weight") is not None and "bias" in parameters and parameters["bias"] is None
+
+
+def _make_bias(convolution: _ConvNd) -> nn.Parameter:
+    weight = convolution.weight
+    return nn.Parameter(weight.detach().new_zeros(convolution.out_channels), requires_grad=weight.requires_grad)
 
 
 def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:

@@ -21,7 +21,7 @@ from se_inject.codegen import Method, write_method
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.folding import Course, fold_norms, follow_norms
+from se_inject.folding import Course, add_biases, fold_norms, follow_norms
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class
@@ -109,6 +109,7 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: b
     target = copy_model(model).eval().requires_grad_(False)
     run = functools.partial(_follow, target, twin)
     call, course = find_running(target, calls, run, hint="give an input of the shape that it is used on")
+    add_biases(target, course.folds)
     surgeries = [] if plan is None else _prepare(target, plan, course)
     fold_norms(target, course.folds)
     for surgery in surgeries:

@@ -108,6 +108,7 @@ def x():
         ("densenet121", {"concat": "separate"}),
         ("convnext_atto", {}),
         ("repvgg_a0", {}),
+        ("lcnet_050", {}),  # the blocks' owners are convolutions, which have no bias before a norm is folded into them
         ("dla34", {}),
         ("cspresnet50", {}),
         ("inception_resnet_v2", {}),
@@ -122,6 +123,24 @@ def test_outputs_are_the_same_to_a_hundred_thousandth(name, options):
     assert list(blocks(optimized)) == list(blocks(model))
     assert_equal_to_double(model, optimized, torch.randn(2, 3, size, size))
     assert_equal_to_double(model, optimized, torch.randn(1, 3, size, size))
+
+
+def test_a_convolution_that_would_not_add_a_bias_keeps_its_norm(x):
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.block = nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), Bottleneck()
+
+        def forward(self, x):
+            return self.block(self.bn(nn.functional.conv2d(x, self.conv.weight)))
+
+    model = train_a_little(inject(Functional()))
+    fast = optimize(model, x)
+    assert type(fast.bn) is nn.BatchNorm2d
+    assert type(fast.block.bn1) is nn.Identity
+    assert fast.conv.bias is None
+    assert model.conv.bias is None
+    assert_equal_to_double(model, fast, x)
 
 
 def test_a_bottleneck_is_a_few_lines(resnet):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject.functions import CONVOLUTIONS
 
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -41,10 +42,15 @@ class Fold:
 
 @dataclass(frozen=True)
 class Course:
-    """What a run showed: the folds, and how often each convolution and each batch norm ran."""
+    """What a run showed.
+
+    Attributes:
+        folds: The batch norms that can go into a convolution.
+        num_uses: How often the tensors of each convolution and each batch norm were used, by itself or by others.
+    """
 
     folds: tuple[Fold, ...]
-    num_calls: Counter[str]
+    num_uses: Counter[str]
 
 
 def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
@@ -54,18 +60,20 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         model: A network in eval mode, over real or fake tensors.
         run: Runs it once, and returns its outputs.
     """
-    watch = _Watch(model)
-    with _given_biases(model), torch.no_grad(), watch:
-        outputs = run()
+    with _given_biases(model):
+        watch = _Watch(model)
+        with torch.no_grad(), watch:
+            outputs = run()
     for x in tree_leaves(outputs):
         watch.note_reader(x, None)
+    watch.note_use(tree_leaves(outputs))
     folds = []
     for path, readers in watch.readers.items():
         [norm] = readers if len(readers) == 1 else [None]
-        is_only = norm is not None and watch.num_calls[path] == watch.num_calls[norm] == 1
+        is_only = norm is not None and watch.num_uses[path] == watch.num_uses[norm] == 1
         if norm is not None and is_only and _can_fold(model, path, norm):
             folds.append(Fold(path, norm, not _find_extras(model.get_submodule(norm))))
-    return Course(tuple(folds), watch.num_calls)
+    return Course(tuple(folds), watch.num_uses)
 
 
 @contextmanager
@@ -159,16 +167,20 @@ class _Watch(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.readers: dict[str, set[str | None]] = {}
-        self.num_calls: Counter[str] = Counter()
+        self.num_uses: Counter[str] = Counter()
         self._made: dict[int, _Made] = {}
         self._weights: dict[int, tuple[str, _ConvNd]] = {}
-        self._means: dict[int, str] = {}
+        self._means: dict[int, tuple[str, _BatchNorm]] = {}
+        self._owners: dict[int, set[str]] = {}
         for path, module in model.named_modules():
             is_odd = isinstance(module, _ConvTransposeNd) and module.groups > 1  # torch's fusion cannot
             if isinstance(module, _ConvNd) and module._parameters.get("weight") is not None and not is_odd:
                 self._weights[id(module.weight)] = path, module
             elif isinstance(module, _BatchNorm) and module._buffers.get("running_mean") is not None:
-                self._means[id(module.running_mean)] = path
+                self._means[id(module.running_mean)] = path, module
+            if isinstance(module, (_ConvNd, _BatchNorm)):
+                for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                    self._owners.setdefault(id(tensor), set()).add(path)
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -180,13 +192,19 @@ class _Watch(TorchFunctionMode):
         if result is not None and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
             return result  # a question: a shape, a type
         norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
-        if norm is not None:
-            self.num_calls[norm] += 1
         for i, x in enumerate(leaves):
             self.note_reader(x, norm if i == 0 else None)
-        if name in CONVOLUTIONS and isinstance(result, Tensor):
+        if norm is not None:
+            self.num_uses[norm] += 1
+        elif name in CONVOLUTIONS and isinstance(result, Tensor):
             self._note_convolution(result, leaves)
+        else:
+            self.note_use(leaves)
         return result
+
+    def note_use(self, leaves: Iterable[object]) -> None:
+        """Note that something else than a layer itself uses the layer's tensors, which then have to stay."""
+        self.num_uses.update({path for x in leaves for path in self._owners.get(id(x), ())})
 
     def note_reader(self, x: object, norm: str | None) -> None:
         """Note that something reads a tensor: a batch norm, or anything else."""
@@ -195,16 +213,21 @@ class _Watch(TorchFunctionMode):
             self.readers[made.path].add(norm)
 
     def _find_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        given = dict(zip(("input", "running_mean", "running_var", "weight", "bias", "training"), args, strict=False))
-        given |= kwargs
-        return None if given.get("training") else self._means.get(id(given.get("running_mean")))
+        """Find the layer whose batch norm this is: by its statistics, and with its own weight, bias and epsilon."""
+        given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+        path, norm = self._means.get(id(given.get("running_mean")), ("", None))
+        if norm is None or given.get("training"):
+            return None
+        own = (norm.running_var, norm.weight, norm.bias)
+        is_own = all(given.get(name) is x for name, x in zip(("running_var", "weight", "bias"), own, strict=True))
+        return path if is_own and given.get("eps", 1e-5) == norm.eps else None
 
     def _note_convolution(self, result: Tensor, leaves: Sequence[Tensor]) -> None:
         """Note what a layer's convolution made, if it is of the layer's own weight and bias."""
         path, module = next((self._weights[id(x)] for x in leaves if id(x) in self._weights), ("", None))
         if module is None:
             return
-        self.num_calls[path] += 1
+        self.num_uses[path] += 1
         if [id(x) for x in leaves[1:]] == [id(x) for x in (module.weight, module.bias) if x is not None]:
             self.readers.setdefault(path, set())
             self._made[id(result)] = _Made(result, path)

@@ -17,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite
 from se_inject.folding import is_hooked
 from se_inject.kernels import can_run, convolve, excite, scale, squeeze
-from se_inject.lean import are_alike
+from se_inject.lean import are_alike, is_transformed
 
 Activation = Literal["", "relu"]
 
@@ -121,7 +121,8 @@ class FusedSqueezeExcite(SqueezeExcite):
             return x * gate + shortcut
         # A new map costs more than the arithmetic: its pages are not in memory yet. Compilers do this by themselves.
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, shortcut))
-        out = x if self.overwrites and not differentiated and not torch.compiler.is_compiling() else None
+        is_watched = differentiated or torch.compiler.is_compiling() or is_transformed()
+        out = x if self.overwrites and not is_watched else None
         return torch.mul(x, gate, out=out) if shortcut is None else torch.addcmul(shortcut, x, gate, out=out)
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:

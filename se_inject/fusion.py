@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from se_inject.block import SqueezeExcite
 from se_inject.folding import is_hooked
@@ -18,6 +19,9 @@ from se_inject.fused import Activation
 from se_inject.sums import get_storage, is_written_between, list_tensors, take_sum
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_IDLE_NAMES = frozenset({"DropPath", "StochasticDepth", "DropConnect", "DropBlock", "DropBlock2d"})
+"""What timm, torchvision and many a network's own code call a layer that gives back what it is handed in eval mode."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,19 @@ def fuse_blocks(
     for name in names:
         nodes = [n for n in graph.nodes if n.op == "call_module" and n.target == name]
         block = owner.get_submodule(name)
-        if len(nodes) == 1 and isinstance(block, SqueezeExcite) and not is_hooked(block):
+        if len(nodes) == 1 and isinstance(block, SqueezeExcite) and _is_plain(block):
             node = take_sum(graph, nodes[0], in_order=False)
             activation = _take_activation(owner, graph, node)
             fusions.append(replace(_take_convolution(owner, graph, node, single), activation=activation))
     graph.lint()
     return fusions
+
+
+def _is_plain(block: SqueezeExcite) -> bool:
+    """Tell whether a block is what its class says: its layers can be read off, and nobody looks at them or at it."""
+    layers = (block.fc1, block.fc2)
+    is_known = all(type(layer) is nn.Conv2d or is_parametrized(layer) for layer in layers)
+    return is_known and not any(map(is_hooked, (block, *layers)))
 
 
 def _drop_idle(owner: nn.Module, graph: fx.Graph, bare: set[str]) -> None:
@@ -76,7 +87,15 @@ def _is_idle(owner: nn.Module, node: fx.Node, bare: set[str]) -> bool:
     if child is None or len(node.args) != 1 or not isinstance(node.args[0], fx.Node):
         return False
     gives_it_back = node.meta["value"] is node.args[0].meta["value"] and not node.meta["mutates"]
-    return (node.target in bare or gives_it_back) and not is_hooked(child)
+    is_idle = node.target in bare or (gives_it_back and _is_known_idle(child))
+    return is_idle and not any(map(is_hooked, child.modules()))
+
+
+def _is_known_idle(child: nn.Module) -> bool:
+    """Tell whether a child gives back whatever it is handed, and not just what it was handed here."""
+    if type(child) is nn.Sequential:
+        return all(map(_is_known_idle, child))
+    return type(child) in _IDLE or type(child).__name__ in _IDLE_NAMES
 
 
 def _find_child(owner: nn.Module, node: fx.Node) -> nn.Module | None:

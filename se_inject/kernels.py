@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
+
+from se_inject.lean import is_transformed
 
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HIDDEN = 256
@@ -44,9 +45,8 @@ def can_run(x: Tensor, shortcut: Tensor | None, parameters: Sequence[Tensor], *,
     if not is_alike or (shortcut is not None and shortcut.shape != (x.shape[0], channels, *x.shape[2:])):
         return False
     is_differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    is_transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     is_traced = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return not (is_differentiated or is_transformed or is_traced or torch.is_autocast_enabled(x.device.type))
+    return not (is_differentiated or is_transformed() or is_traced or torch.is_autocast_enabled(x.device.type))
 
 
 @torch.library.custom_op("se_inject::squeeze", mutates_args=())

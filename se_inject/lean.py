@@ -76,9 +76,13 @@ def is_lean(x: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not _IS_PLAIN.get()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not is_transformed()
     )
+
+
+def is_transformed() -> bool:
+    """Tell whether torch.func or forward-mode differentiation is at work, which want operators that they know."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def squeeze_map(x: Tensor, link: Link) -> tuple[Tensor, Tensor]:
@@ -101,7 +105,8 @@ def squeeze_map(x: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         squeezed = _pass_on(inner_mean, convolution, link.origin).to(x.dtype)
     if not (link.is_training and is_closed(x, source, convolution)):
         return _Squeeze.apply(x, link, squeezed)  # type: ignore[no-any-return]  # torch's
-    link.layer = Layer(link.norm, mean, inverse)
+    # In evaluation mode the mean is the norm's buffer, which may be written over before the backward pass.
+    link.layer = Layer(link.norm, mean if link.norm.training else mean.clone(), inverse)
     link.origin = narrow = Narrow(convolution.inner, convolution.weight, weight, bias)
     return squeeze_layer(x, squeezed, inner_mean, narrow, link.layer)
 
@@ -116,7 +121,8 @@ def _pass_on(inner_mean: Tensor, convolution: Convolution, origin: tuple[Tensor,
     _, mean, inverse, scale, shift = origin
     groups, weight = convolution.groups, convolution.weight.to(mean.dtype)
     z = inner_mean.view(len(inner_mean), groups, -1)
-    z = torch.einsum("ngi,goi->ngo", z, weight.view(groups, -1, z.shape[-1])).flatten(1)
+    with torch.autocast(z.device.type, enabled=False):  # the mean is taken off below: what is left needs all bits
+        z = torch.einsum("ngi,goi->ngo", z, weight.view(groups, -1, z.shape[-1])).flatten(1)
     z = z - mean if convolution.bias is None else z + (convolution.bias - mean)
     return torch.addcmul(shift, z, inverse * scale)
 

@@ -152,8 +152,8 @@ class _Squeeze(Function):
         inner_mean, narrow = ctx.saved_tensors[-1], Narrow(*ctx.saved_tensors[:-1])
         layer = ctx.layer
         gate, sums, layer.gate, layer.sums = layer.gate, layer.sums, None, None
-        if grad is None:  # the scaled map is not used
-            grad = narrow.inner.new_zeros(ctx.shape)
+        if grad is None:  # the scaled map is not used; what there is, is left from a pass that did not come this far
+            grad, gate, sums = narrow.inner.new_zeros(ctx.shape), None, None
         gate = grad.new_ones(ctx.shape[:2]) if gate is None else gate.view(ctx.shape[:2])
         share = torch.zeros_like(gate) if grad_z is None else grad_z / ctx.shape[2:].numel()
         if torch.is_grad_enabled():  # what is computed here is differentiated again
@@ -199,7 +199,8 @@ def _add_up(layer: Layer, narrow: Narrow, grad: Tensor, gate: Tensor) -> Sums:
     inner, kernel = narrow.inner, narrow.kernel
     kernels = kernel * _spread(narrow.weight * layer.inverse * gate, kernel.unsqueeze(0))
     if inner.is_contiguous():
-        maps = [(grad.contiguous().flatten(0, 1)[None], inner.flatten(0, 1)[None], kernels.flatten(0, 1))]
+        one = (grad.contiguous(), inner)
+        maps = [(*(x.reshape(1, -1, *x.shape[2:]) for x in one), kernels.reshape(-1, *kernels.shape[2:]))]
     else:
         maps = [(grad[i : i + 1], inner[i : i + 1], kernels[i]) for i in range(len(inner))]
     needed = [inner.requires_grad, True, True]
@@ -238,7 +239,7 @@ def _solve(
         constant = constant - scale * of_bias / count - slope * layer.mean
         square = (matrix.t() @ (slope[:, None] * matrix)).view(-1, *inner.shape[1:2], *kernel.shape[2:])
         sloped, gram, _ = _convolve_back(inner, inner, square, [back is not None, True, False])
-        of_kernel += slope[:, None] * (matrix @ gram.flatten(1))
+        of_kernel += slope[:, None] * (matrix @ gram.view(len(gram), -1))
         back = None if back is None else back.add_(sloped)
     of_kernel += num * constant.t() @ inner_mean
     back = None if back is None else back.add_(_spread(constant @ matrix, back))
@@ -267,6 +268,6 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
 def _flatten(x: Tensor) -> Tensor:
     """View a map (N, C, ...) as (N, C, positions), without a copy where the channels come last, too."""
     if x.is_contiguous():
-        return x.flatten(2)
+        return x.reshape(*x.shape[:2], -1)
     last = x.movedim(1, -1)
     return last.reshape(len(x), -1, x.shape[1]).transpose(1, 2)

@@ -176,7 +176,7 @@ def _prepare(model: nn.Module, plan: Plan, course: Course) -> list[_Surgery]:
         owner = twin.model.get_submodule(entry.path)
         names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
-        single = _list_below(prefix, (path for path, num in course.num_calls.items() if num == 1))
+        single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
         try:
             trace = trace_entry(twin, entry, decode_call(plan.calls[entry.key], twin), training=False)
             if trace.doubt or not names:

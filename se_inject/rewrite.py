@@ -271,7 +271,14 @@ def copy_model(model: nn.Module) -> nn.Module:
         ModelError: It cannot be copied.
     """
     try:
-        return copy.deepcopy(model)
+        with torch.no_grad():  # else the parameters of a scripted module's copy would be no leaves
+            copied = copy.deepcopy(model)
     except (TypeError, RuntimeError) as error:
         line = str(error).splitlines()[0]
-        raise ModelError(f"{type(model).__name__} cannot be copied ({line}); use inplace=True") from error
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied ({line}); make pruned or normalised weights permanent "
+            f"(torch.nn.utils.prune.remove, remove_spectral_norm), or inject with inplace=True"
+        ) from error
+    for own, original in zip(copied.parameters(), model.parameters(), strict=True):
+        own.requires_grad_(original.requires_grad)
+    return copied

@@ -410,3 +410,18 @@ def test_compiled_training_keeps_no_more_than_the_plain_network():
     injected = inject(plain, r=4, example=x)
     kept = [count_saved(torch.compile(model, backend="aot_eager_decomp_partition"), x) for model in (plain, injected)]
     assert kept[0] <= kept[1] < 1.01 * kept[0]
+
+
+def test_under_autocast_the_squeeze_is_as_exact_as_a_mean():
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64)
+    seen = []
+    block = SqueezeExcite(64, 4)
+    block.fc1.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+    x = 2 + torch.rand(4, 16, 12, 12)  # whose means are far above their deviations
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = norm(conv(x))
+        block(y)
+    exact = y.double().mean((2, 3))
+    # It is rounded as what it is handed is, and the sum that the norm takes the mean off is not rounded once more.
+    assert (seen[0].double() - exact).abs().max() < 0.1 * exact.abs().max()

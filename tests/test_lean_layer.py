@@ -341,3 +341,40 @@ def test_a_map_with_another_use_has_both_gradients(uses):
         for ours, theirs in zip(found, run(), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
     assert uses
+
+
+def test_a_pass_that_ended_at_the_gate_leaves_nothing_behind(uses):
+    model, gates = Branch(), []
+    model.se.fc2.register_forward_hook(lambda *args: gates.append(args[2]))
+    y = model(x := make_input())
+    torch.autograd.grad(y.square().sum(), [model.se.fc2.weight], retain_graph=True)
+    found = torch.autograd.grad(gates[-1].square().sum(), [x, model.conv.weight, model.norm.weight])
+    with plain_autograd():
+        model(x)
+        expected = torch.autograd.grad(gates[-1].square().sum(), [x, model.conv.weight, model.norm.weight])
+    assert len(uses) == 1
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_that_change_before_the_backward_pass_do_no_harm(uses):
+    model, x = Branch(), make_input()
+    model.norm.eval()
+    expected = torch.autograd.grad(model(x).square().sum(), list(model.norm.parameters()))
+    loss = model(x).square().sum()
+    model.norm.running_mean.add_(1.0)
+    found = torch.autograd.grad(loss, list(model.norm.parameters()))
+    assert len(uses) == 2
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("name", ["contiguous", "channels_last"])
+def test_many_gradients_at_once(uses, name):
+    model, x = Branch(), make_input(name)
+    wanted = [x, *model.parameters()]
+    many = torch.randn(3, 3, 32, 7, 6, dtype=torch.float64)
+    found = torch.autograd.grad(model(x), wanted, many, is_grads_batched=True)
+    assert len(uses) == 1
+    each = [torch.autograd.grad(model(x), wanted, one) for one in many]
+    for ours, theirs in zip(found, map(torch.stack, zip(*each, strict=True)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)

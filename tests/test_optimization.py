@@ -404,6 +404,96 @@ def test_a_network_whose_course_depends_on_its_data_is_run():
     assert_equal_to_double(model, optimized, torch.randn(2, 3, 8, 8))
 
 
+class PadIfOdd(nn.Module):
+    def forward(self, x):
+        return nn.functional.pad(x, (0, x.shape[-1] % 2)) if x.shape[-1] % 2 else x
+
+
+class Last(nn.Module):
+    def forward(self, x):
+        self.shape = x.shape
+        return x
+
+
+def test_children_that_give_back_what_they_were_handed_once_stay():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.pad, self.last = nn.Conv2d(3, 16, 3, padding=1), PadIfOdd(), Last()
+            self.conv, self.bn, self.drop = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16), nn.Sequential(nn.Dropout(0.5))
+
+        def forward(self, x):
+            x = self.pad(self.stem(x))
+            return nn.functional.relu(self.drop(self.last(self.bn(self.conv(x)))) + x)
+
+    torch.manual_seed(0)
+    model = train_a_little(inject(Net(), example=torch.zeros(2, 3, 8, 8)))
+    fast = optimize(model)
+    assert_equal_to_double(model, fast, torch.randn(2, 3, 9, 11))
+    assert fast.last.shape == (2, 16, 9, 12)
+    assert "drop" not in inspect.getsource(type(fast).forward)
+
+
+READS = {
+    "a tied decoder": lambda net, y: nn.functional.conv2d(y, net.body.conv3.weight.flip(0).transpose(0, 1)),
+    "a linear layer": lambda net, y: nn.functional.linear(y.mean((2, 3)), net.body.conv3.weight.flatten(1).t()),
+    "a penalty": lambda net, y: (y, net.body.conv2.weight.norm(), net.body.bn1.weight.sum()),
+    "the weight": lambda net, y: (y, net.body.conv3.weight),
+    "the statistics": lambda net, y: nn.functional.batch_norm(
+        y[:, :4], net.body.bn2.running_mean, net.body.bn2.running_var
+    ),
+    "another epsilon": lambda net, y: nn.functional.batch_norm(
+        y, net.other.running_mean, net.other.running_var, eps=1.0
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_layers_whose_tensors_are_read_elsewhere_stay(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.body = nn.Conv2d(3, 16, 1), Bottleneck()
+            self.tail, self.other = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x):
+            return READS[name](self, self.tail(self.body(self.stem(x))))
+
+    torch.manual_seed(0)
+    model = train_a_little(inject(Net(), example=torch.zeros(2, 3, 8, 8)))
+    fast, x = optimize(model), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(fast.body.bn3, nn.Identity) == (name not in {"a tied decoder", "a linear layer", "the weight"})
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the old weight_norm
+def test_a_block_whose_layers_are_watched_or_changed_runs_as_it_is(resnet, x):
+    model = copy.deepcopy(resnet)
+    model.layer1[0].se.fc2.register_forward_hook(lambda *args: args[2] * 0.5)
+    with torch.no_grad():
+        torch.nn.utils.weight_norm(model.layer2[0].se.fc2).weight_g.mul_(2)
+    block = model.layer3[0].se
+    block.fc2 = nn.Sequential(block.fc2, nn.Dropout(0.1))
+    fast = optimize(model.eval())
+    kinds = [type(block).__name__ for block in blocks(fast).values()]
+    assert kinds.count("SqueezeExcite") == 3
+    assert kinds.count("FusedSqueezeExcite") == len(kinds) - 3
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit, which forward-mode differentiation uses
+def test_transforms_of_torch_func(resnet, x):
+    fast = optimize(resnet)
+    with torch.no_grad():
+        expected = resnet(x)
+        found = torch.func.vmap(lambda image: fast(image[None])[0])(x)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for ours, theirs in zip(torch.func.jvp(fast, (x,), (x,)), torch.func.jvp(resnet, (x,), (x,)), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_graphs(resnet, x):
     optimized, x = optimize(resnet).cuda(), x.cuda()

@@ -12,7 +12,7 @@ import torch
 import torchvision
 from torch import fx, nn
 
-from se_inject import SqueezeExcite, blocks, inject, make_plan
+from se_inject import SqueezeExcite, blocks, inject, make_plan, optimize
 from se_inject.errors import ModelError, OptionError
 from tests import nets
 from tests.equality import assert_equal_outputs, assert_same_network
@@ -412,6 +412,19 @@ def test_weight_normalised_layers_work(x):
     injected = inject(net)
     with torch.no_grad():
         assert torch.equal(net.eval()(x), injected.eval()(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.jit
+def test_the_copy_of_a_scripted_module_can_be_trained(x):
+    net = nets.wrap(nets.Residual())
+    net[0] = torch.jit.script(net[0])
+    next(net[0].parameters()).requires_grad_(False)
+    injected = inject(net)
+    assert all(parameter.is_leaf for parameter in injected.parameters())
+    own = dict(injected.named_parameters())
+    assert all(own[name].requires_grad == parameter.requires_grad for name, parameter in net.named_parameters())
+    injected(x).sum().backward()
+    optimize(injected)
 
 
 def test_a_model_that_cannot_be_copied_says_so():

@@ -199,8 +199,7 @@ def _add_up(layer: Layer, narrow: Narrow, grad: Tensor, gate: Tensor) -> Sums:
     inner, kernel = narrow.inner, narrow.kernel
     kernels = kernel * _spread(narrow.weight * layer.inverse * gate, kernel.unsqueeze(0))
     if inner.is_contiguous():
-        one = (grad.contiguous(), inner)
-        maps = [(*(x.reshape(1, -1, *x.shape[2:]) for x in one), kernels.reshape(-1, *kernels.shape[2:]))]
+        maps = [(_join(grad.contiguous()), _join(inner), _join(kernels)[0])]
     else:
         maps = [(grad[i : i + 1], inner[i : i + 1], kernels[i]) for i in range(len(inner))]
     needed = [inner.requires_grad, True, True]
@@ -263,6 +262,11 @@ def _repeat(layer: Layer, narrow: Narrow) -> Tensor:
 def _spread(values: Tensor, x: Tensor) -> Tensor:
     """Give (N, C) the number of dimensions of a map, or of a weight for each image."""
     return values.view(*values.shape, *[1] * (x.ndim - 2))
+
+
+def _join(x: Tensor) -> Tensor:
+    """View the channels of all images (N, C, ...) as those of one, (1, N C, ...)."""
+    return x.reshape(1, -1, *x.shape[2:])
 
 
 def _flatten(x: Tensor) -> Tensor:

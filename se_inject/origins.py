@@ -43,7 +43,6 @@ def find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
     node: Any = x.grad_fn
     if node is None or node.name() not in _NORMS or _is_checkpointing():
         return None, (x,)
-    bias = getattr(node.next_functions[2][0], "variable", None)
     norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
     try:
         source, weight = node._saved_input, node._saved_weight
@@ -53,9 +52,21 @@ def find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
             mean, inverse = node._saved_running_mean, (node._saved_running_var + norm.epsilon).rsqrt()
     except RuntimeError:  # they were freed, by a backward pass, or written over
         return None, (x,)
-    if weight is None or bias is None:
-        return None, (x,)
-    return norm, (source, mean, inverse, weight, bias)
+    weight = torch.ones_like(mean) if weight is None else weight
+    added = node.next_functions[2][0]
+    bias = getattr(added, "variable", None) if added is not None else _read_off(x, source, mean, weight * inverse)
+    return (None, (x,)) if bias is None else (norm, (source, mean, inverse, weight, bias))
+
+
+def _read_off(x: Tensor, source: Tensor, mean: Tensor, scale: Tensor) -> Tensor | None:
+    """Read the bias of a norm (C,), which autograd does not know where it is not learned, off a map's first position.
+
+    It is rounded as the map is, and so not to be had of one in half precision.
+    """
+    if not x.numel() or x.dtype not in (torch.float32, torch.float64):
+        return None
+    first: tuple[Any, ...] = (0, slice(None), *[0] * (x.ndim - 2))
+    return x.detach()[first] - (source.detach()[first] - mean) * scale
 
 
 def find_convolution(x: Tensor) -> Convolution | None:

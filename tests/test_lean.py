@@ -237,14 +237,16 @@ def test_behind_a_batch_norm_the_gradients_are_the_same_and_the_map_is_not_kept(
 
 @pytest.mark.parametrize("options", [{"affine": False}, {"momentum": None}, {"track_running_stats": True}])
 @pytest.mark.parametrize("frozen", ["", "norm", "norm.bias", "conv"])
-def test_norms_without_parameters_or_with_frozen_ones_are_right(options, frozen):
+def test_norms_without_parameters_or_with_frozen_ones_are_right_and_the_map_is_not_kept(options, frozen):
     x, _ = make_map("contiguous")
     model = Normed(**options)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not (frozen and name.startswith(frozen)))
     wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
     found = torch.autograd.grad(model(x).square().sum(), wanted)
+    kept = count_saved(model, x)
     model.is_plain = True
+    assert count_saved(model, x) - kept == pytest.approx(x.numel() * 8, abs=1024)
     for ours, theirs in zip(found, torch.autograd.grad(model(x).square().sum(), wanted), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 

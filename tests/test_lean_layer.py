@@ -85,8 +85,8 @@ def test_gradients_are_those_of_plain_autograd(uses, name, training, has_shortcu
     assert len(uses) == 1
 
 
-FROZEN = {"x": 1, "conv": 1, "norm.weight": 1, "se": 1, "se.fc2": 1, "x norm.weight se": 1, "norm": 0, "x conv": 0}
-"""What is frozen, and whether the closed form is used; autograd knows nothing of a frozen bias."""
+FROZEN = {"x": 1, "conv": 1, "norm.weight": 1, "se": 1, "se.fc2": 1, "x norm.weight se": 1, "norm": 1, "x conv": 0}
+"""What is frozen, and whether the closed form is used."""
 
 
 @pytest.mark.parametrize("frozen", FROZEN)

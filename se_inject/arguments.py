@@ -101,8 +101,8 @@ DataName = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="A folder with train/ and val/, or with a folder a class (which is split); or a name of timm's with its "
-        "root: torch/cifar10:ROOT, hfds/USER/NAME, wds/:ROOT.",
+        help="A folder with train/ and val/, or with a folder a class, of which `finetune` holds a fifth back "
+        "and all else takes all; or a name of timm's with its root: torch/cifar10:ROOT, hfds/USER/NAME, wds/:ROOT.",
     ),
 ]
 TrainSplit = Annotated[str, typer.Option("--train-split", metavar="NAME", help="Of data that are no folder.")]
@@ -110,13 +110,14 @@ ValSplit = Annotated[str, typer.Option("--val-split", metavar="NAME", help="Like
 Download = Annotated[bool, typer.Option("--download", help="Let timm fetch data that are missing.")]
 InputSize = Annotated[
     int | None,
-    typer.Option("--input-size", metavar="N", help="Height and width of images; the network's own."),
+    typer.Option("--input-size", metavar="N", min=1, help="Height and width of images; the network's own."),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Images at once.")]
-Workers = Annotated[int, typer.Option("--workers", metavar="N", help="Processes that read images.")]
+Workers = Annotated[int, typer.Option("--workers", metavar="N", min=0, help="Processes that read images.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="cpu, cuda, ...; auto is CUDA if there is one.")]
 MaxBad = Annotated[
-    int, typer.Option("--max-bad", metavar="N", help="How many images that cannot be read are skipped, by name.")
+    int,
+    typer.Option("--max-bad", metavar="N", min=0, help="How many images that cannot be read are skipped, by name."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 

@@ -7,6 +7,7 @@ folder, with its checkpoint, log, networks and result.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,9 +18,11 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from se_inject.artifact import save
+from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import CONTROL, SE, Result
 from se_inject.datasets import Data, write_split
 from se_inject.ejection import eject
+from se_inject.errors import ArtifactError
 from se_inject.files import write_tensors, write_whole
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.provenance import Source
@@ -89,6 +92,10 @@ class Experiment:
         """Return the folder of a run: the request's own, if there is only one."""
         return self.request.folder if len(self.runs) == 1 else self.request.folder / f"{arm}-{seed}"
 
+    def has_begun(self) -> bool:
+        """Tell whether one of the runs has written a checkpoint."""
+        return any((self.get_folder(*run) / CHECKPOINT).is_file() for run in self.runs)
+
 
 def run_experiment(
     experiment: Experiment, world: World, progress: Progress | None = None
@@ -111,9 +118,10 @@ def run_experiment(
     """
     folder = experiment.request.folder
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_split(experiment.data, folder)
-        _write_json(folder / RECIPE, experiment.request.recipe.to_values())
+        _make_folder(folder)
+        if not (experiment.request.resume and experiment.has_begun()):  # a run that refuses to go on keeps what it has
+            write_split(experiment.data, folder)
+            _write_json(folder / RECIPE, experiment.request.recipe.to_values())
     world.wait()
     results = []
     tuned: nn.Module | None = None
@@ -132,7 +140,7 @@ def _run_arm(
     folder = experiment.get_folder(seed, arm)
     recipe = replace(experiment.request.recipe, seed=seed)
     if world.is_main:
-        folder.mkdir(exist_ok=True)
+        _make_folder(folder)
     job = _make_job(experiment, recipe, arm, world)
     title = f"{arm}, seed {seed}" if len(experiment.runs) > 1 else "fine-tuning"
 
@@ -198,6 +206,13 @@ def _write_network(network: nn.Module, path: Path, source: Source | None, arm: s
         write_tensors(path, network.state_dict(), {})
 
 
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
+
+
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_whole(path, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
@@ -205,4 +220,4 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _report_bad(job: Job, folder: Path) -> None:
     names = [name for bad in (job.train.bad, job.val.bad) if bad is not None for name in bad.list_names()]
     if names:
-        write_whole(folder / "unreadable.txt", lambda file: file.write("\n".join([*names, ""]).encode()))
+        write_whole(folder / "unreadable.txt", lambda file: file.write(os.fsencode("\n".join([*names, ""]))))

@@ -8,6 +8,8 @@ timm's transforms, collation and prefetching do the work.
 from __future__ import annotations
 
 import math
+import os
+import signal
 import traceback
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -170,8 +172,15 @@ class EvalLoader:
 def _load(images: Images, batches: Iterable[list[Key]], workers: int, world: World) -> DataLoader[Any]:
     return DataLoader(
         images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=fast_collate,
-        pin_memory=world.is_cuda,
+        pin_memory=world.is_cuda, worker_init_fn=_leave_signals,
     )  # fmt: skip
+
+
+def _leave_signals(_: int) -> None:
+    """Leave Ctrl-C, and what ends the whole group of processes, to the one that trains, which then ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
 
 
 def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_classes: int) -> Any:
@@ -196,7 +205,7 @@ def _load_stream(images: Any, batch_size: int, workers: int, world: World) -> Da
     images.set_loader_cfg(num_workers=workers)
     return DataLoader(
         images, batch_size, num_workers=workers, collate_fn=fast_collate, pin_memory=world.is_cuda,
-        drop_last=reader.is_training,
+        drop_last=reader.is_training, worker_init_fn=_leave_signals,
     )  # fmt: skip
 
 

@@ -50,6 +50,11 @@ class Source:
         weights = Path(self.weights).name if is_file else self.weights
         return {**asdict(self), "weights": weights, "classes": list(self.classes)}
 
+    def names_others(self, classes: Sequence[str]) -> bool:
+        """Tell whether the outputs are known to be other classes than these, or the same ones in another order."""
+        known, given = (list(map(make_printable, names)) for names in (self.classes, classes))
+        return bool(known and given) and known != given
+
     @classmethod
     def from_values(cls, values: object) -> Source:
         """Read what `to_values` gave.

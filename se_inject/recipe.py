@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.optim import list_optimizers
 
 from se_inject.errors import RecipeError
@@ -152,6 +153,8 @@ _ADAM_WARMUP = 0.3
 _DEPENDENT, _DEPENDENT_RATE = 0.005, 10.0
 """From which dependence on the blocks' rate is how many times the backbone's; recipes/README.md has the figures."""
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")
+_BELOW_ONE = {"ema": "the average never moves", "smoothing": "no label is left"}
+_AT_MOST = {"epochs": 1_000_000, "seed": 2**31 - 1, "workers": 1024}
 _KEYS = {f.name: f for f in fields(Recipe)}
 
 
@@ -208,7 +211,9 @@ def make_recipe(values: Mapping[str, Any], *, origin: str = "the recipe", proble
             read[key] = _convert(value, hints[key])
         except ValueError as error:
             found.append(f"{key} is {value!r}; expected {error}")
-    found += [f"{key} is {read[key]!r}; expected {what}" for key, what in _find_out_of_range(read)]
+    found += [
+        f"{key} is {read[key]!r}; expected {what}" for key, what in (*_find_out_of_range(read), *_find_unusable(read))
+    ]
     if found:
         raise RecipeError(f"{origin}: {'; '.join(found)}")
     return Recipe(**read)
@@ -274,10 +279,30 @@ def _find_out_of_range(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                 yield key, "two numbers above 0, the smaller first" + (", at most 1" if key == "scale" else "")
         elif isinstance(value, (int, float)) and value < 0:
             yield key, "a number of at least 0"
-    if values.get("ema") == 1:
-        yield "ema", "a number below 1; at 1 the average never moves"
+
+
+def _find_unusable(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, what in _BELOW_ONE.items():
+        if values.get(key) == 1:
+            yield key, f"a number below 1; at 1 {what}"
+    for key, most in _AT_MOST.items():
+        if values.get(key, 0) > most:
+            yield key, f"a number of at most {most:,}"
+    if values.get("batch_size", 2) == 1 and (values.get("mixup") or values.get("cutmix")):
+        yield "batch_size", "at least 2 with mixup or cutmix, which mix pairs"
+    if values.get("auto_augment") and not _knows_augmentation(values["auto_augment"]):
+        yield "auto_augment", "what timm's auto_augment_transform takes, as in rand-m9-mstd0.5"
     if "optimizer" in values and not _knows_optimizer(values["optimizer"]):
         yield "optimizer", "auto or a name of timm.optim.list_optimizers()"
+
+
+def _knows_augmentation(name: str) -> bool:
+    try:
+        make = {"rand": rand_augment_transform, "augm": augment_and_mix_transform}.get(name[:4], auto_augment_transform)
+        make(name, {"translate_const": 1, "img_mean": (0, 0, 0)})
+    except (AssertionError, ValueError, KeyError, IndexError):
+        return False
+    return True
 
 
 def _knows_optimizer(name: str) -> bool:

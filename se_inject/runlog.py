@@ -6,6 +6,7 @@ Takes what the training says of itself, writes `metrics.jsonl` (a line of JSON e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,10 +49,13 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._draw()
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self._file is not None and self._folder is not None:
+            # An error that is on its way says more than one of the same disk would.
+            with contextlib.suppress(*[ArtifactError] if kind else []):
+                with _quoting(self._folder / METRICS):
+                    self._file.close()
+                self._draw()
         if self._events is not None:
             self._events.close()
         if self._progress is not None and self._bar is not None:

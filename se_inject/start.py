@@ -73,19 +73,20 @@ def prepare_start(
     form = read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)
     fresh: frozenset[str] = frozenset()
-    if num_classes and num_outputs != num_classes:
+    is_other = num_outputs != num_classes
+    if num_classes and (is_other or (source is not None and source.names_others(classes))):
         fresh = replace_head(model, num_outputs, num_classes)
         if (found := count_outputs(model, form.size)) != num_classes:
             raise DataError(
                 f"{type(model).__name__} gives {found} scores after its last layer was replaced; give it a classifier "
                 f"of {num_classes} classes first"
             )
-        if source is not None and not takes_num_classes(source):
+        if is_other and source is not None and not takes_num_classes(source):
             raise SourceError(
                 f"{source.name} makes {num_outputs} classes and the data has {num_classes}; give the factory a "
                 f"parameter num_classes, so that the result can be built again"
             )
-        if source is not None:
+        if is_other and source is not None:
             source = replace(source, options={**source.options, "num_classes": num_classes})
     if source is not None:
         kept = () if num_classes else source.classes

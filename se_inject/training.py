@@ -9,6 +9,7 @@ losses, optimizers, schedules, mixup and the moving average.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.task import ClassificationTask
 from timm.utils import ModelEmaV3
+from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
 
 from se_inject.calibration import calibrate
@@ -147,6 +149,10 @@ class _Run:
         self._erase = RandomErasing(recipe.erase, mode="pixel", device=str(world.device)) if recipe.erase else None
 
     def run(self, *, resume: bool) -> Outcome:
+        with Signals() as signals:
+            return self._run(signals, resume=resume)
+
+    def _run(self, signals: Signals, *, resume: bool) -> Outcome:
         found = read_checkpoint(self.folder, self.job.settings) if resume else None
         self.log.begin(self.job.num_steps, found.step if found else 0)
         if found is not None:
@@ -159,10 +165,9 @@ class _Run:
         if not self.history:
             self._note(self._validate())
         stages = list_stages(self.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
-        with Signals() as signals:
-            for stage in stages:
-                if self.step < stage.last:
-                    self._run_stage(stage, signals)
+        for stage in stages:
+            if self.step < stage.last:
+                self._run_stage(stage, signals)
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
 
@@ -261,11 +266,14 @@ class _Run:
         """Refuse to go on with a loss that is no number; what is on disk is from before."""
         bad = self.job.world.add_up((self._bad_step >= 0).long())
         if int(bad):
-            raise TrainingError(
-                f"the loss is no finite number at step {int(self._bad_step) + 1} of {self.job.num_steps}; the last "
-                f"good checkpoint is kept in {self.folder}; try --set lr={self.job.recipe.lr / 10:g} --set "
-                f"se_lr={(self.job.recipe.se_lr or self.job.recipe.lr) / 10:g}, or --set clip=1"
-            )
+            raise self._refuse(f"the loss is no finite number at step {int(self._bad_step) + 1}")
+
+    def _refuse(self, what: str) -> TrainingError:
+        recipe = self.job.recipe
+        return TrainingError(
+            f"{what} of {self.job.num_steps}; the last good checkpoint is kept in {self.folder}; try --set "
+            f"lr={recipe.lr / 10:g} --set se_lr={(recipe.se_lr or recipe.lr) / 10:g}, or --set clip=1"
+        )
 
     def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
         """Validate and save at the end of an epoch; save and stop where that was asked for."""
@@ -283,12 +291,18 @@ class _Run:
     def _validate(self) -> Scores:
         job = self.job
         self.log.begin_validation(job.val.num_batches)
-        return evaluate(
+        if job.world.size > 1:  # each process knows the statistics of its own images
+            for network in {self.model, self._get_result()}:
+                distribute_bn(network, job.world.size, reduce=True)
+        scores = evaluate(
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
             teacher=None if job.is_labelled else job.teacher, temperature=self.recipe.label_temperature,
             compute=self._compute, on_batch=lambda _: self.log.advance_validation(),
             memory=quote_memory("batch_size", self.recipe.batch_size),
         )  # fmt: skip
+        if self.step and not math.isfinite(scores.loss):  # what is on disk is from before
+            raise self._refuse(f"the validation's loss is no finite number after step {self.step}")
+        return scores
 
     def _note(self, scores: Scores) -> None:
         epoch = self.step / self.job.train.num_steps

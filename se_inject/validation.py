@@ -108,6 +108,13 @@ def open_validation(
         raise DataError(
             f"{opened.origin} has {opened.num_classes} classes and the network {num_classes}: labels would mean others"
         )
+    if source is not None and source.names_others(opened.classes or ()):
+        pairs = zip(source.classes, opened.classes or (), strict=False)
+        own, given = next(pair for pair in pairs if pair[0] != pair[1])
+        raise DataError(
+            f"{opened.origin} has the class {given} where the network has {own}: labels would mean others; give images "
+            f"of the {num_classes} classes that it was tuned on"
+        )
     loader = EvalLoader(
         opened.val, form, batch_size=batch_size, workers=workers, world=world, max_bad=max_bad,
         num_classes=num_classes, cache=cache,

@@ -107,7 +107,7 @@ def choose_device(device: str) -> str:
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         line = str(error).splitlines()[0]
         raise OptionError(f"device is {device!r}, which cannot be used here: {line}") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,7 @@ def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811
     assert tune(run, data)[0] == 0
     assert "runs/tuned holds a run already; --resume goes on with it, --run FOLDER" in failure(tune(run, data))
     assert "recipe.lr was 0.01 and is 0.5" in failure(tune(run, data, "--resume", "--set", "lr=0.5"))
+    assert json.loads(Path("runs/tuned/recipe.json").read_text())["lr"] == 0.01
     assert tune(run, data, "--run", "elsewhere")[0] == 0
 
 
@@ -169,6 +171,13 @@ def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811
         (["--seeds", "0"], "--seeds is 0; it must be at least 1"),
         (["--out", "tuned.bin"], "expected one of .pt, .pth, .safetensors"),
         (["--set", "batch_size=1000"], "there are 120 training images"),
+        (
+            ["--set", "smoothing=1", "--set", "auto_augment=nonsense"],
+            "auto_augment is 'nonsense'; expected what",
+        ),
+        (["--set", "seed=99999999999"], "seed is 99999999999; expected a number of at most 2,147,483,647"),
+        (["--set", "batch_size=1", "--set", "mixup=0.2"], "batch_size is 1; expected at least 2 with mixup or cutmix"),
+        (["--device", "meta"], "device is 'meta', which cannot be used here"),
         (["--device", "tpu"], "device is 'tpu', which cannot be used here"),
         (["--recipe", "distill", "--set", "distill=2"], "distill is 2.0; expected a number from 0 to 1"),
     ],
@@ -189,21 +198,40 @@ def test_bad_images_are_named_and_counted(run, tmp_path):  # noqa: F811
     assert Path("again/unreadable.txt").read_text() == f"{bad}\n"
 
 
+def test_a_network_that_overflowed_in_the_last_step_is_not_kept(run, data):  # noqa: F811
+    error = failure(tune(run, data, "--set", "lr=1e30", "--set", "clip=0", "--set", "batch_size=120"))
+    assert "the validation's loss is no finite number after step 1 of 1" in error
+    assert not list(Path("runs/tuned").glob("*.pt"))
+
+
+def test_classes_of_other_names_are_refused_and_get_another_classifier(run, data, tmp_path):  # noqa: F811
+    assert tune(run, data, "--out", "tuned.pt")[0] == 0
+    shutil.copytree(data, other := tmp_path / "other")
+    for part in ("train", "val"):
+        (other / part / "0").rename(other / part / "ten")
+    error = failure(run("evaluate", "tuned.pt", "--trust-source", "--data", other))
+    assert "has the class 1 where the network has 0: labels would mean others" in error
+    code, _, err = run("finetune", "tuned.pt", "--trust-source", "--data", other, *QUICK[:-4], "--run", "again")
+    assert code == 0, err
+    assert "the classifier was replaced" in err
+
+
 def test_an_artifact_with_other_classes_is_refused_for_evaluation(run, data, artifact, tmp_path):  # noqa: F811
     assert "give load(..., base=) the original network" in failure(run("evaluate", artifact, "--data", data))
     error = failure(run("evaluate", "resnet10t", "--no-pretrained", "--data", data, "--input-size", "32"))
     assert "has 10 classes and the network 1000: labels would mean others" in error
 
 
-def start(*args, folder, processes=1):
+def start(*args, folder, processes=1, has_group=False):
     """Start the command in a process of its own, or under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "se_inject", *map(str, args)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=has_group,
+    )  # fmt: skip
 
 
 def finish(process):
@@ -259,6 +287,28 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(data, tmp_path, number
     assert code == 0, out
     states = [load(tmp_path / f"{name}.pt", base=DigitNet).state_dict() for name in ("whole", "tuned")]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_terminal_sends_to_all_processes_stops_the_one_that_trains(data, tmp_path, number):
+    args = ["finetune", NET, "--data", data, *LAUNCHED, "--set", "workers=2", "--epochs", "2000"]
+    process = start(*args, folder=tmp_path, has_group=True)
+    wait_for_checkpoint(tmp_path)
+    os.killpg(process.pid, number)
+    code, out = finish(process)
+    assert code != 0
+    assert "--resume goes on" in out
+    assert "Traceback" not in out
+
+
+def test_the_scores_of_two_processes_are_those_of_the_network_that_they_write(data, tmp_path):
+    args = ["--data", data, *LAUNCHED, "--epochs", "2", "--set", "batch_norm=train"]
+    code, out = finish(start("finetune", NET, *args, "--out", "tuned.pt", folder=tmp_path, processes=2))
+    assert code == 0, out
+    found = json.loads((tmp_path / "runs" / "tuned" / "result.json").read_text())
+    code, out = finish(start("evaluate", "tuned.pt", "--trust-source", "--data", data, "--json", folder=tmp_path))
+    assert code == 0, out
+    assert found["top1"] == json.loads(out[out.index("{") :])["top1"]
 
 
 def wait_for_checkpoint(folder, name="tuned"):

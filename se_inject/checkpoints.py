@@ -104,7 +104,8 @@ def _compute_digest(values: Mapping[str, Any]) -> str:
 
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
-    for key in sorted({*before, *now}):
+    unknown = {"network"} - set(before)  # a run of an older version did not write it down
+    for key in sorted({*before, *now} - unknown):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += _compare(old, new, f"{prefix}{key}.")

@@ -11,15 +11,17 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset
+from timm.data import add_img_extensions, create_dataset, get_img_extensions, set_img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset, Subset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from se_inject.contents import (
     count_classes,
@@ -150,11 +152,23 @@ def write_split(data: Data, folder: Path) -> None:
 
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
     try:
-        images: Dataset[Any] = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
+        with _reading_all_formats():
+            images: Dataset[Any] = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
     except RuntimeError as error:
         raise DataError(f"{folder} holds no images: {str(error).splitlines()[0]}") from error
     _sort_into_classes(folder, images)
     return images
+
+
+@contextmanager
+def _reading_all_formats() -> Iterator[None]:
+    """Let timm see all files that Pillow reads as images; by itself it passes over what is neither PNG nor JPEG."""
+    before = get_img_extensions()
+    add_img_extensions([*IMG_EXTENSIONS, ".gif"])
+    try:
+        yield
+    finally:
+        set_img_extensions(before)
 
 
 def _sort_into_classes(folder: Path, images: Dataset[Any]) -> None:

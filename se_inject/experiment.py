@@ -27,6 +27,7 @@ from se_inject.files import write_tensors, write_whole
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.provenance import Source
 from se_inject.recipe import Recipe
+from se_inject.records import compute_digest
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.runlog import RunLog
 from se_inject.start import Start
@@ -177,6 +178,7 @@ def _make_job(experiment: Experiment, recipe: Recipe, arm: str, world: World) ->
         "data": data.describe(),
         "format": json.loads(json.dumps(asdict(start.form))),
         "plan": get_plan(start.model).to_json(),
+        "network": f"{start.source}, weights {compute_digest(start.model.state_dict())[:12]}",
     }
     return Job(
         model, loader, val, recipe, world, start.num_classes, data.classes, teacher, data.is_labelled, start.fresh,

@@ -85,15 +85,14 @@ class TrainLoader:
         self.bad: BadImages | None = None
         self._sampler: _Batches | None = None
         if isinstance(images, IterableDataset):
-            images = _prepare_stream(images, transform, num_classes)
-            loader = _load_stream(images, share, recipe.workers, world)
-        else:
-            self.bad = BadImages(images, max_bad)
-            own = Images(images, transform, self.bad, form.mode, recipe.seed, is_training=True, num_classes=num_classes)
-            self._sampler = _Batches(num, recipe.batch_size, recipe.seed, world)
-            loader = _load(own, self._sampler, recipe.workers, world)
-        self._images: Any = images
-        self._batches = _prefetch(loader, form, world)
+            given = images, transform, num_classes, share, recipe.workers, form, world
+            self._open = partial(_open_stream, *given)
+            self._batches = self._open(0)
+            return
+        self.bad = BadImages(images, max_bad)
+        own = Images(images, transform, self.bad, form.mode, recipe.seed, is_training=True, num_classes=num_classes)
+        self._sampler = _Batches(num, recipe.batch_size, recipe.seed, world)
+        self._batches = _prefetch(_load(own, self._sampler, recipe.workers, world), form, world)
 
     @property
     def is_stream(self) -> bool:
@@ -111,7 +110,7 @@ class TrainLoader:
             yield from _say_plainly(self._batches)
             return
         seed_all(self._seed, epoch)
-        self._images.set_epoch(epoch)
+        self._batches = self._open(epoch)
         step = 0
         for batch in _say_plainly(self._batches):
             if step >= first:
@@ -119,6 +118,7 @@ class TrainLoader:
             step += 1
             if step == self.num_steps:
                 return
+            seed_all(self._seed, epoch, step)  # without workers, the network and the images draw from one generator
         raise DataError(f"the stream gave {step} batches in an epoch; it says that it has images for {self.num_steps}")
 
 
@@ -187,6 +187,16 @@ def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_clas
     stream = copy_stream(images)
     stream.transform, stream.target_transform = transform, partial(_read_label, num_classes=num_classes)
     return stream
+
+
+def _open_stream(  # noqa: PLR0917  `partial` gives all but the last
+    images: IterableDataset[Any], transform: Transform, num_classes: int, batch_size: int, workers: int,
+    form: InputFormat, world: World, epoch: int,
+) -> Batches:  # fmt: skip
+    """Open a training stream for an epoch, anew: one that was read goes on from where it is, if by this process."""
+    stream = _prepare_stream(images, transform, num_classes)
+    stream.set_epoch(epoch)
+    return _prefetch(_load_stream(stream, batch_size, workers, world), form, world)
 
 
 def _read_label(target: Any, num_classes: int) -> int:

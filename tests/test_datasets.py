@@ -6,6 +6,8 @@ import struct
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from timm.data import get_img_extensions
 from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 
@@ -39,6 +41,17 @@ def test_a_folder_with_training_and_validation_images_is_read_as_it_is(tmp_path,
     assert list_targets(data.train) == [0, 0, 0, 1, 1, 1]
     assert list_targets(data.val) == [0, 0, 1, 1]
     assert get_name(data.val, 2) == str(tmp_path / val / "dog" / "0.png")
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".bmp", ".tif", ".gif"])
+def test_images_of_other_formats_are_seen(tmp_path, suffix):
+    make_two_folders(tmp_path)
+    before = get_img_extensions()
+    for path in sorted(tmp_path.glob("train/*/*.png"))[::2]:
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
+    assert count_images(open_data(str(tmp_path)).train) == len(list(tmp_path.glob("train/*/*.*")))
+    assert get_img_extensions() == before
 
 
 def test_val_goes_before_test(tmp_path):

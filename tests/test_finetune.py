@@ -160,6 +160,19 @@ def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811
     assert "runs/tuned holds a run already; --resume goes on with it, --run FOLDER" in failure(tune(run, data))
     assert "recipe.lr was 0.01 and is 0.5" in failure(tune(run, data, "--resume", "--set", "lr=0.5"))
     assert json.loads(Path("runs/tuned/recipe.json").read_text())["lr"] == 0.01
+    other = [
+        "finetune",
+        "tuned.pt",
+        "--trust-source",
+        "--data",
+        data,
+        *QUICK[:-4],
+        "--epochs",
+        "1",
+        "--run",
+        "runs/tuned",
+    ]
+    assert "network was" in failure(run(*other, "--resume"))
     assert tune(run, data, "--run", "elsewhere")[0] == 0
 
 

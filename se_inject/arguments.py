@@ -110,7 +110,7 @@ ValSplit = Annotated[str, typer.Option("--val-split", metavar="NAME", help="Like
 Download = Annotated[bool, typer.Option("--download", help="Let timm fetch data that are missing.")]
 InputSize = Annotated[
     int | None,
-    typer.Option("--input-size", metavar="N", min=1, help="Height and width of images; the network's own."),
+    typer.Option("--input-size", metavar="N", help="Height and width of images; the network's own."),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", help="Images at once.")]
 Workers = Annotated[int, typer.Option("--workers", metavar="N", min=0, help="Processes that read images.")]

@@ -17,7 +17,7 @@ from timm.data import create_transform
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from se_inject.errors import DataError
+from se_inject.errors import DataError, OptionError
 from se_inject.recipe import Recipe
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -63,6 +63,16 @@ class InputFormat:
         }
 
 
+def check_input_size(input_size: int | None) -> None:
+    """Refuse a size that no image has.
+
+    Raises:
+        OptionError: It is below 1.
+    """
+    if input_size is not None and input_size < 1:
+        raise OptionError(f"the input size is {input_size}; it must be at least 1")
+
+
 def read_format(
     preprocess: Mapping[str, Any], default_size: tuple[int, ...], *, input_size: int | None, in_chans: int
 ) -> InputFormat:
@@ -70,7 +80,9 @@ def read_format(
 
     Raises:
         DataError: The network takes neither grey nor coloured images.
+        OptionError: The size is below 1.
     """
+    check_input_size(input_size)
     if in_chans not in (1, 3):
         raise DataError(f"the network takes images with {in_chans} channels; expected 1 (grey) or 3 (RGB)")
     values = dict(preprocess)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from se_inject.errors import DataError, SourceError
-from se_inject.formats import InputFormat, read_format
+from se_inject.formats import InputFormat, check_input_size, read_format
 from se_inject.heads import count_channels, count_outputs, replace_head
 from se_inject.images import read_size
 from se_inject.provenance import Source
@@ -64,7 +64,9 @@ def prepare_start(
         DataError: The network is no classifier, or its classifier cannot be replaced.
         SourceError: The artifact could not be built again with another number of classes.
         EmptyPlanError: The network has no place for a block.
+        OptionError: The input size is below 1.
     """
+    check_input_size(input_size)
     if find_plan(model) is None:
         example = None
         if input_size is not None and "plan" not in options:  # a plan has the input that it was made for

@@ -292,7 +292,7 @@ class _Run:
         job = self.job
         self.log.begin_validation(job.val.num_batches)
         if job.world.size > 1:  # each process knows the statistics of its own images
-            for network in {self.model, self._get_result()}:
+            for network in dict.fromkeys((self.model, self._get_result())):  # in the same order everywhere
                 distribute_bn(network, job.world.size, reduce=True)
         scores = evaluate(
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,

@@ -87,7 +87,7 @@ def show(browser, page):
     return show
 
 
-def wait_for(is_done, seconds=20):
+def wait_for(is_done, seconds=120):
     end = time.monotonic() + seconds
     while not is_done():
         assert time.monotonic() < end, "the browser took too long"

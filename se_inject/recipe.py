@@ -45,7 +45,7 @@ class Recipe:
             images want gates of their own (`calibrate`).
         head_lr: Peak learning rate of a classifier that was replaced; it is fitted before the first step.
         warmup_share: The part of each stage's steps in which the rates rise from zero.
-        min_lr_share: The rates at the end of the cosine, as a part of the peak.
+        min_lr_share: The rate of each group at the end of the cosine, as a part of its peak.
         optimizer: A name of timm's `create_optimizer_v2`; "auto" is SGD, or with frozen batch norms AdamW at 0.03 of
             the rates and 0.3 of `se_lr`, which then rise in at least 0.3 of the steps.
         momentum: Of optimizers that have one.

@@ -95,10 +95,23 @@ def make_teacher(model: nn.Module) -> nn.Module:
     return copy_model(model).eval().requires_grad_(False)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int) -> CosineLRScheduler:
+class GroupwiseCosine(CosineLRScheduler):  # type: ignore[misc]  # timm's
+    """timm's schedule that ends, in each parameter group, at one share of the group's own peak; timm's floor is one."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, num_steps: int, *, share: float, warmup: int) -> None:
+        self._share = share
+        super().__init__(optimizer, num_steps, warmup_t=warmup, t_in_epochs=False)
+
+    def _get_lr(self, t: int) -> list[float]:
+        rates: list[float] = super()._get_lr(t)
+        if t < self.warmup_t:
+            return rates
+        return [
+            self._share * peak + (1 - self._share) * rate for peak, rate in zip(self.base_values, rates, strict=True)
+        ]
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, num_steps: int) -> GroupwiseCosine:
     """Make the schedule of a stage: the rates rise, then fall along a cosine; stepped by the number of steps done."""
     warmup = min(num_steps - 1, round(recipe.warmup_share * num_steps))
-    return CosineLRScheduler(
-        optimizer, max(2, num_steps), lr_min=recipe.min_lr_share * recipe.lr, warmup_t=warmup, warmup_lr_init=0.0,
-        t_in_epochs=False, warmup_prefix=False,
-    )  # fmt: skip
+    return GroupwiseCosine(optimizer, max(2, num_steps), share=recipe.min_lr_share, warmup=warmup)

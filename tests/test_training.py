@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import signal
 import threading
@@ -20,7 +21,7 @@ from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
 from se_inject.stages import Stage, list_stages
-from se_inject.tasks import autocast, make_optimizer, make_teacher
+from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_teacher
 from se_inject.training import InterruptedTrainingError, Job, train
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits
@@ -122,6 +123,24 @@ def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
     assert not torch.equal(job.model.fc.weight, before)
     groups = {g["name"]: g["lr"] for g in make_optimizer(job.model, SMALL, "all", fresh).param_groups}
     assert groups["fresh"] == SMALL.head_lr
+
+
+@pytest.mark.parametrize("se_lr", [1e-4, 0.2])
+def test_each_group_ends_at_its_own_share_of_its_peak(digits, se_lr):
+    recipe = replace(SMALL, lr=0.02, se_lr=se_lr, warmup_share=0.25, min_lr_share=0.1)
+    optimizer = make_optimizer(make_job(digits, recipe).model, recipe, "all")
+    peaks = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert set(peaks.values()) == {0.02, se_lr}
+    scheduler = make_scheduler(optimizer, recipe, 8)
+    shares = [0.5, cosine(2), cosine(3), cosine(4), cosine(5), cosine(6), cosine(7), 0.1]
+    for step, share in enumerate(shares, 1):
+        scheduler.step_update(step)
+        rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == pytest.approx({name: share * peak for name, peak in peaks.items()})
+
+
+def cosine(step):
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * step / 8)) / 2
 
 
 def test_frozen_batch_norms_keep_their_statistics(digits, tmp_path):

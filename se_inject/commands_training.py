@@ -101,8 +101,8 @@ def run_evaluate(
         model, _, validation = open_validation(open_model, world=world, **read_validation())
         progress = console.make_progress() if world.is_main else None
         with RunLog(None, "evaluation", progress) as log, progress or nullcontext():
-            log.begin_validation(validation.loader.num_batches)
-            scores = validation.score(model, on_batch=lambda _: log.advance_validation())
+            log.begin_validation(validation.loader.num_own)
+            scores = validation.score(model, on_batch=lambda labels: log.advance_validation(len(labels)))
         if world.is_main and as_json:
             console.print_json({**scores.to_values(), "unreadable": validation.list_unreadable()})
         elif world.is_main:

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 from se_inject.errors import DataError
+from se_inject.streams import Stream
 
 
 def count_images(images: Dataset[Any]) -> int:
@@ -63,7 +64,8 @@ def count_unlisted_classes(images: Dataset[Any]) -> int:
     """Count the classes of a set that does not list them, by going through its labels once."""
     reader: Any = getattr(images, "reader", None)
     if isinstance(images, IterableDataset):
-        targets = (item[1] for item in copy_stream(images))
+        # Broken images are told of by what reads them next.
+        targets = (item[1] for item in Stream(copy_stream(images), lambda _: None))
     elif hasattr(reader, "iter_targets"):
         targets = reader.iter_targets()
     else:

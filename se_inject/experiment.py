@@ -220,6 +220,6 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _report_bad(job: Job, folder: Path) -> None:
-    names = [name for bad in (job.train.bad, job.val.bad) if bad is not None for name in bad.list_names()]
+    names = [*job.train.bad.list_names(), *job.val.bad.list_names()]
     if names:
         write_whole(folder / "unreadable.txt", lambda file: file.write(os.fsencode("\n".join([*names, ""]))))

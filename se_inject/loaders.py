@@ -24,8 +24,9 @@ from se_inject.contents import copy_stream, count_images
 from se_inject.datasets import Data
 from se_inject.errors import DataError, get_first_line
 from se_inject.formats import InputFormat, Transform, make_eval_transform, make_train_transform
-from se_inject.reading import NO_LABEL, BadImages, Images, Key, refuse_label, seed_all
+from se_inject.reading import NO_LABEL, Bad, BadImages, BadSamples, Images, Key, refuse_label, seed_all
 from se_inject.recipe import Recipe
+from se_inject.streams import Stream
 from se_inject.world import World
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -55,7 +56,7 @@ class TrainLoader:
     Attributes:
         num_steps: Batches an epoch.
         batch_size: Images a step, over all processes together.
-        bad: What could not be read; None for a stream.
+        bad: What could not be read.
     """
 
     def __init__(
@@ -82,15 +83,16 @@ class TrainLoader:
         self.num_steps, self.batch_size = num // recipe.batch_size, recipe.batch_size
         self._seed = recipe.seed
         transform = make_train_transform(form, recipe)
-        self.bad: BadImages | None = None
+        self.bad: Bad
         self._sampler: _Batches | None = None
         if isinstance(images, IterableDataset):
-            given = images, transform, num_classes, share, recipe.workers, form, world
+            self.bad = bad = BadSamples(max_bad)
+            given = images, transform, num_classes, share, recipe.workers, form, world, bad
             self._open = partial(_open_stream, *given)
             self._batches = self._open(0)
             return
-        self.bad = BadImages(images, max_bad)
-        own = Images(images, transform, self.bad, form.mode, recipe.seed, is_training=True, num_classes=num_classes)
+        self.bad = noted = BadImages(images, max_bad)
+        own = Images(images, transform, noted, form.mode, recipe.seed, is_training=True, num_classes=num_classes)
         self._sampler = _Batches(num, recipe.batch_size, recipe.seed, world)
         self._batches = _prefetch(_load(own, self._sampler, recipe.workers, world), form, world)
 
@@ -119,6 +121,7 @@ class TrainLoader:
             if step == self.num_steps:
                 return
             seed_all(self._seed, epoch, step)  # without workers, the network and the images draw from one generator
+        self.bad.check()
         raise DataError(f"the stream gave {step} batches in an epoch; it says that it has images for {self.num_steps}")
 
 
@@ -127,7 +130,9 @@ class EvalLoader:
 
     Attributes:
         num_images: How many images there are, for all processes together.
-        bad: What could not be read; None for a stream.
+        num_own: How many of them this process reads, at most.
+        is_stream: Whether they come as a stream, whose order is not fixed.
+        bad: What could not be read.
     """
 
     def __init__(
@@ -138,28 +143,46 @@ class EvalLoader:
         transform = make_eval_transform(form)
         self.num_images = count_images(images)
         self.batch_size = batch_size
-        self.bad: BadImages | None = None
+        self.bad: Bad
+        self.is_stream = isinstance(images, IterableDataset)
         if isinstance(images, IterableDataset):
+            self.bad = bad = BadSamples(max_bad)
             images = _prepare_stream(images, transform, num_classes)
-            loader = _load_stream(images, batch_size, workers, world)
+            loader = _load_stream(images, batch_size, workers, world, bad)
         else:
-            self.bad = BadImages(images, max_bad)
-            own = Images(images, transform, self.bad, form.mode, 0, is_training=False, num_classes=num_classes)
+            self.bad = noted = BadImages(images, max_bad)
+            own = Images(images, transform, noted, form.mode, 0, is_training=False, num_classes=num_classes)
             share = [(0, index) for index in range(world.rank, self.num_images, world.size)]
             batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
             loader = _load(own, batches, workers, world)
-        num_sharing = 1 if self.bad is None else world.size
-        self.num_batches = math.ceil(self.num_images / num_sharing / batch_size)
-        self._is_idle = self.bad is None and not world.is_main  # a stream is read by one process, so that none is twice
+        num_sharing = 1 if self.is_stream else world.size
+        self.num_own = math.ceil(self.num_images / num_sharing)
+        self._is_idle = self.is_stream and not world.is_main  # a stream is read by one process, so that none is twice
         self._batches = _prefetch(loader, form, world)
-        self._fits = 4 * math.prod(form.size) * math.ceil(self.num_images / num_sharing) <= cache
+        self._fits = 4 * math.prod(form.size) * self.num_own <= cache
         self._kept: list[tuple[Tensor, Tensor]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._kept is not None:
             return iter(self._kept)
         batches = iter(()) if self._is_idle else _say_plainly(self._batches)
+        if self.is_stream and not self._is_idle:
+            batches = self._check_number(batches)
         return self._keep(batches) if self._fits else batches
+
+    def _check_number(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Go through a stream, which must have as many images as it says; of those missing, `max_bad` are allowed."""
+        num = 0
+        for batch in batches:
+            num += len(batch[1])
+            yield batch
+        self.bad.check()
+        if not 0 <= self.num_images - num <= self.bad.limit:
+            raise DataError(
+                f"the stream gave {num} images, it says that it has {self.num_images}; correct what it says (|N of its "
+                "split, or its _info.json)"
+                + (f", or allow fewer with --max-bad {self.num_images - num}" if num < self.num_images else "")
+            )
 
     def _keep(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         kept = []
@@ -191,12 +214,12 @@ def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_clas
 
 def _open_stream(  # noqa: PLR0917  `partial` gives all but the last
     images: IterableDataset[Any], transform: Transform, num_classes: int, batch_size: int, workers: int,
-    form: InputFormat, world: World, epoch: int,
+    form: InputFormat, world: World, bad: BadSamples, epoch: int,
 ) -> Batches:  # fmt: skip
     """Open a training stream for an epoch, anew: one that was read goes on from where it is, if by this process."""
     stream = _prepare_stream(images, transform, num_classes)
     stream.set_epoch(epoch)
-    return _prefetch(_load_stream(stream, batch_size, workers, world), form, world)
+    return _prefetch(_load_stream(stream, batch_size, workers, world, bad), form, world)
 
 
 def _read_label(target: Any, num_classes: int) -> int:
@@ -206,7 +229,7 @@ def _read_label(target: Any, num_classes: int) -> int:
     return label
 
 
-def _load_stream(images: Any, batch_size: int, workers: int, world: World) -> DataLoader[Any]:
+def _load_stream(images: Any, batch_size: int, workers: int, world: World, bad: BadSamples) -> DataLoader[Any]:
     """Load a stream of timm's, by as many workers as it has files for."""
     reader = images.reader
     if num_shards := _count_shards(reader):
@@ -214,7 +237,7 @@ def _load_stream(images: Any, batch_size: int, workers: int, world: World) -> Da
     reader.batch_size = batch_size  # a worker of a training stream has whole batches
     images.set_loader_cfg(num_workers=workers)
     return DataLoader(
-        images, batch_size, num_workers=workers, collate_fn=fast_collate, pin_memory=world.is_cuda,
+        Stream(images, bad.note), batch_size, num_workers=workers, collate_fn=fast_collate, pin_memory=world.is_cuda,
         drop_last=reader.is_training, worker_init_fn=_leave_signals,
     )  # fmt: skip
 

@@ -5,9 +5,14 @@ Takes a set of `datasets` and a transform, gives images by epoch and index.
 
 from __future__ import annotations
 
+import os
 import random
 import struct
+import tempfile
+import weakref
 import zlib
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,30 +37,23 @@ Key = tuple[int, int]
 """An epoch and the index of an image."""
 
 
-class BadImages:
-    """What could not be read, noted by all workers in memory that they share.
+class Bad(ABC):
+    """What could not be read, noted by all workers.
 
     Args:
-        images: The set.
-        limit: How many unreadable images are skipped.
+        limit: How much of it is skipped.
     """
 
-    def __init__(self, images: Dataset[Any], limit: int) -> None:
-        self._images, self._limit = images, limit
-        self._flags = torch.zeros(count_images(images), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
 
-    def note(self, index: int) -> None:
-        """Note that an image cannot be read."""
-        self._flags[index] = 1
-
+    @abstractmethod
     def list_names(self) -> list[str]:
-        """List the paths of what could not be read."""
-        return [get_name(self._images, i) for i in self._flags.nonzero().flatten().tolist()]
+        """List the names of what could not be read."""
 
+    @abstractmethod
     def share(self, world: World) -> None:
         """Tell all processes what each of them has noted; all of them must call it."""
-        if world.size > 1:
-            self._flags |= world.add_up(self._flags.to(world.device, torch.int64)).clamp_max(1).to("cpu", torch.uint8)
 
     def check(self) -> None:
         """Refuse to go on if there are more than the limit.
@@ -63,15 +61,73 @@ class BadImages:
         Raises:
             DataError: There are; the message names the first ones.
         """
-        num = int(self._flags.sum())
-        if num > self._limit:
-            names = self.list_names()
+        names = self.list_names()
+        num = len(names)
+        if num > self.limit:
             shown = ", ".join(names[:_NUM_SHOWN]) + (", ..." if num > _NUM_SHOWN else "")
             images = "1 image" if num == 1 else f"{num} images"
             raise DataError(
-                f"{images} cannot be read, at most {self._limit} are skipped: {shown}; mend or remove, or allow more "
+                f"{images} cannot be read, at most {self.limit} are skipped: {shown}; mend or remove, or allow more "
                 f"with --max-bad {num}"
             )
+
+
+class BadImages(Bad):
+    """What of a set of images could not be read, in memory that the workers share."""
+
+    def __init__(self, images: Dataset[Any], limit: int) -> None:
+        super().__init__(limit)
+        self._images = images
+        self._flags = torch.zeros(count_images(images), dtype=torch.uint8).share_memory_()  # type: ignore[no-untyped-call]
+
+    def note(self, index: int) -> None:
+        """Note that an image cannot be read."""
+        self._flags[index] = 1
+
+    def list_names(self) -> list[str]:
+        """List their paths, in the order of the set."""
+        return [get_name(self._images, i) for i in self._flags.nonzero().flatten().tolist()]
+
+    def share(self, world: World) -> None:
+        """Add the flags of all processes up."""
+        if world.size > 1:
+            self._flags |= world.add_up(self._flags.to(world.device, torch.int64)).clamp_max(1).to("cpu", torch.uint8)
+
+
+class BadSamples(Bad):
+    """What of a stream could not be read, in a file that the workers share; a broken tar file counts as one."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        handle, name = tempfile.mkstemp(prefix="se-inject-")
+        os.close(handle)
+        self._path = Path(name)
+        weakref.finalize(self, _remove, self._path, os.getpid())
+
+    def note(self, name: str) -> None:
+        """Note that a sample, or a file, cannot be read."""
+        self._append([name])
+
+    def list_names(self) -> list[str]:
+        """List tar files and samples in them, each once, however often it was read."""
+        with self._path.open(encoding="utf-8", errors="surrogateescape") as file:
+            return sorted(set(file.read().splitlines()))
+
+    def share(self, world: World) -> None:
+        """Take over the names of all processes."""
+        if world.size > 1:
+            own = self.list_names()
+            self._append(sorted({name for names in world.collect(own) for name in names} - set(own)))
+
+    def _append(self, names: list[str]) -> None:
+        with self._path.open("a", encoding="utf-8", errors="surrogateescape") as file:
+            file.writelines(" ".join(name.split()) + "\n" for name in names)
+
+
+def _remove(path: Path, owner: int) -> None:
+    """Remove a file, unless this is a worker, which has a copy of what belongs to another process."""
+    if os.getpid() == owner:
+        path.unlink(missing_ok=True)
 
 
 class Images(Dataset[Any]):

@@ -207,7 +207,7 @@ def _find_pictures(
     model: nn.Module, validation: Validation, seen: Seen, path: str, names: Sequence[str]
 ) -> list[Picture] | None:
     """Find the images whose gates differ most from the mean, and read them again; None of a stream."""
-    if validation.loader.bad is None:
+    if validation.loader.is_stream:
         return None
     farthest = Farthest(path, seen.gates[path].mean)
     observe(model, validation, on_batch=farthest.add)

@@ -103,17 +103,17 @@ class RunLog:
         self._loss = f"{stage}  loss {loss:.4f}  {images_per_second:,.0f} images/s"
         self._show()
 
-    def begin_validation(self, num_batches: int) -> None:
+    def begin_validation(self, num_images: int) -> None:
         """The network is about to be validated."""
         if self._progress is not None:
             if self._validation is None:
-                self._validation = self._progress.add_task("validation", total=num_batches, note="")
-            self._progress.reset(self._validation, total=num_batches)
+                self._validation = self._progress.add_task("validation", total=num_images, note="")
+            self._progress.reset(self._validation, total=num_images)
 
-    def advance_validation(self) -> None:
-        """A batch of the validation is done."""
+    def advance_validation(self, num_images: int) -> None:
+        """Images of the validation are done."""
         if self._progress is not None and self._validation is not None:
-            self._progress.advance(self._validation)
+            self._progress.advance(self._validation, num_images)
 
     def note_validation(self, values: Mapping[str, Any]) -> None:
         """Note the scores of a validation: step, epoch, val_loss, top1, top5, and the temperature of the loss."""

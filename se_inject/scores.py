@@ -111,7 +111,7 @@ def evaluate(
     """
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=world.device)
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, top-5
-    hits = None if loader.bad is None else torch.full((loader.num_images,), 0, dtype=torch.int64, device=world.device)
+    hits = None if loader.is_stream else torch.full((loader.num_images,), 0, dtype=torch.int64, device=world.device)
     place = world.rank
     with set_training(model, False), torch.no_grad(), memory or quote_memory("--batch-size", loader.batch_size):
         for images, labels in loader:
@@ -130,9 +130,8 @@ def evaluate(
                 raise DataError(f"an image has the label {int(targets.max())}, the network has {num_classes} classes")
             _count(confusion, sums, outputs, targets, temperature)
             on_batch(labels)
-    if loader.bad is not None:
-        loader.bad.share(world)
-        loader.bad.check()
+    loader.bad.share(world)
+    loader.bad.check()
     world.add_up(confusion)
     world.add_up(sums)
     if hits is not None:

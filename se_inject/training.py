@@ -250,9 +250,8 @@ class _Run:
             rates={str(group["name"]): float(group["lr"]) for group in optimizer.param_groups},
             images_per_second=self._compute_rate(),
         )
-        if job.train.bad is not None:
-            job.train.bad.share(job.world)
-            job.train.bad.check()
+        job.train.bad.share(job.world)
+        job.train.bad.check()
         # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are.
         if is_alone and time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes:
             self._save(stage, optimizer)
@@ -290,14 +289,14 @@ class _Run:
 
     def _validate(self) -> Scores:
         job = self.job
-        self.log.begin_validation(job.val.num_batches)
+        self.log.begin_validation(job.val.num_own)
         if job.world.size > 1:  # each process knows the statistics of its own images
             for network in dict.fromkeys((self.model, self._get_result())):  # in the same order everywhere
                 distribute_bn(network, job.world.size, reduce=True)
         scores = evaluate(
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
             teacher=None if job.is_labelled else job.teacher, temperature=self.recipe.label_temperature,
-            compute=self._compute, on_batch=lambda _: self.log.advance_validation(),
+            compute=self._compute, on_batch=lambda labels: self.log.advance_validation(len(labels)),
             memory=quote_memory("batch_size", self.recipe.batch_size),
         )  # fmt: skip
         if self.step and not math.isfinite(scores.loss):  # what is on disk is from before

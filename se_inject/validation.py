@@ -62,7 +62,7 @@ class Validation:
 
     def list_unreadable(self) -> list[str]:
         """List the paths of images that could not be read."""
-        return [] if self.loader.bad is None else self.loader.bad.list_names()
+        return self.loader.bad.list_names()
 
 
 def open_validation(

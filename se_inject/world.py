@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from timm.utils.distributed import init_distributed_device_so
@@ -15,6 +16,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from se_inject.errors import OptionError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,14 @@ class World:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts, 1).flatten(0, 1)
+
+    def collect(self, value: _T) -> list[_T]:
+        """Collect a value that can be pickled from all processes, in their order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Wait until all processes are here."""

@@ -1,6 +1,7 @@
 import gc
 import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,7 +143,8 @@ def test_processes_share_the_validation_images(data):
     loaders = [load_eval(data, world=world, batch_size=2) for world in PAIR]
     whole = list(load_eval(data, batch_size=1))
     for rank, loader in enumerate(loaders):
-        assert loader.num_batches == len(list(loader)) == 2
+        assert loader.num_own == 3
+        assert len(list(loader)) == 2
         assert_same([join(loader)], [join(whole[rank::2])])
 
 
@@ -464,7 +466,7 @@ def shards(tmp_path):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_each_image_of_a_stream_is_validated_once(shards, workers):
     loader = load_eval(shards, workers, batch_size=2, num_classes=3)
-    assert loader.bad is None
+    assert loader.is_stream
     for _ in range(2):
         assert sorted(torch.cat([labels for _, labels in loader]).tolist()) == [0, 1, 1, 1, 2]
     assert loader.num_images == 5
@@ -538,6 +540,64 @@ def test_a_stream_with_fewer_images_than_it_says_is_an_error(shards):
     loader._open = lambda epoch: batches
     with pytest.raises(DataError, match="the stream gave 3 batches in an epoch; it says that it has images for 5"):
         list(loader.iterate(0))
+
+
+@stream
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_of_a_stream_are_named_and_counted(tmp_path, workers, capfd):
+    make_shards(tmp_path, "train", [0, 1, 2] * 7, [7, 7, 7], broken=[3, 9])
+    make_shards(tmp_path, "validation", [2, 1, 0, 1, 1], [3, 2], broken=[4])
+    data = open_data(f"wds/:{tmp_path}")
+    names = [f"{tmp_path}/train-00.tar:train0003", f"{tmp_path}/train-01.tar:train0009"]
+    loader = load(data, replace(RECIPE, batch_size=4, workers=workers), max_bad=1)
+    for epoch in range(2):  # the same images are met again
+        assert len(list(loader.iterate(epoch))) == 5
+    assert loader.bad.list_names() == names
+    with pytest.raises(DataError, match=rf"^2 images cannot be read, at most 1 are skipped: {', '.join(names)}; mend"):
+        loader.bad.check()
+    last = f"{tmp_path}/validation-01.tar:validation0004"
+    with pytest.raises(DataError, match=f"^1 image cannot be read, at most 0 are skipped: {last}; mend or remove"):
+        list(load_eval(data, workers))
+    allowed = load_eval(data, workers, max_bad=1)
+    assert sorted(torch.cat([labels for _, labels in allowed]).tolist()) == [0, 1, 1, 2]
+    assert allowed.bad.list_names() == [last]
+    assert capfd.readouterr().err == ""
+
+
+@stream
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_tar_file_that_ends_early_is_named(shards, tmp_path, workers):
+    path = tmp_path / "validation-00.tar"
+    path.write_bytes(path.read_bytes()[:1500])  # within the first image
+    with pytest.raises(DataError, match=f"^2 images cannot be read, .*: {path}, {path}:validation0000; mend or remove"):
+        list(load_eval(shards, workers))
+    with pytest.raises(DataError, match=r"^the stream gave 2 images, it says that it has 5; .*, or .* --max-bad 3$"):
+        list(load_eval(shards, workers, max_bad=2))
+    assert sum(len(labels) for _, labels in load_eval(shards, workers, max_bad=3)) == 2
+
+
+@stream
+def test_a_stream_with_more_images_than_it_says_is_an_error(tmp_path):
+    make_shards(tmp_path, "train", [0, 1], [2])
+    make_shards(tmp_path, "held", [1, 0, 1], [3])
+    data = open_data(f"wds/:{tmp_path}", options={"val_split": "held-00.tar|2"})
+    with pytest.raises(DataError, match=r"^the stream gave 3 images, it says that it has 2; .*_info.json\)$"):
+        list(load_eval(data, 0))
+
+
+@stream
+def test_names_of_a_stream_are_shared_by_processes_and_removed(shards):
+    bad = load_eval(shards, 0).bad
+    bad.note("a\nb")
+    bad.note("c")
+    world = SimpleNamespace(size=2, collect=lambda names: [names, ["c", "d"]])
+    bad.share(world)
+    assert bad.list_names() == ["a b", "c", "d"]
+    path = bad._path
+    assert path.exists()
+    del bad
+    gc.collect()
+    assert not path.exists()
 
 
 @stream

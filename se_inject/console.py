@@ -279,7 +279,8 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
     if len(order) > _NUM_CLASSES:
         talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
     if unreadable:
-        talk(f"{len(unreadable)} images could not be read and are not counted: {', '.join(unreadable[:5])}")
+        images = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
+        talk(f"{images} could not be read, not counted: {', '.join(unreadable[:5])}")
 
 
 def print_speed(rows: Sequence[Row]) -> None:

@@ -68,6 +68,20 @@ class Request:
     compiled: bool = False
     resume: bool = False
 
+    @property
+    def runs(self) -> list[tuple[int, str]]:
+        """The seeds and arms, in their order."""
+        first, arms = self.recipe.seed, (SE, CONTROL) if self.has_control else (SE,)
+        return [(seed, arm) for seed in range(first, first + self.num_seeds) for arm in arms]
+
+    def get_folder(self, seed: int, arm: str) -> Path:
+        """Return the folder of a run: the request's own, if there is only one."""
+        return self.folder if len(self.runs) == 1 else self.folder / f"{arm}-{seed}"
+
+    def has_begun(self) -> bool:
+        """Tell whether one of the runs has written a checkpoint."""
+        return any((self.get_folder(*run) / CHECKPOINT).is_file() for run in self.runs)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -82,20 +96,6 @@ class Experiment:
     start: Start
     data: Data
     request: Request
-
-    @property
-    def runs(self) -> list[tuple[int, str]]:
-        """The seeds and arms, in their order."""
-        first, arms = self.request.recipe.seed, (SE, CONTROL) if self.request.has_control else (SE,)
-        return [(seed, arm) for seed in range(first, first + self.request.num_seeds) for arm in arms]
-
-    def get_folder(self, seed: int, arm: str) -> Path:
-        """Return the folder of a run: the request's own, if there is only one."""
-        return self.request.folder if len(self.runs) == 1 else self.request.folder / f"{arm}-{seed}"
-
-    def has_begun(self) -> bool:
-        """Tell whether one of the runs has written a checkpoint."""
-        return any((self.get_folder(*run) / CHECKPOINT).is_file() for run in self.runs)
 
 
 def run_experiment(
@@ -117,16 +117,17 @@ def run_experiment(
         DataError: The images or labels are bad.
         ArtifactError: Something cannot be written.
     """
-    folder = experiment.request.folder
+    request = experiment.request
+    folder = request.folder
     if world.is_main:
         _make_folder(folder)
-        if not (experiment.request.resume and experiment.has_begun()):  # a run that refuses to go on keeps what it has
+        if not (request.resume and request.has_begun()):  # a run that refuses to go on keeps what it has
             write_split(experiment.data, folder)
-            _write_json(folder / RECIPE, experiment.request.recipe.to_values())
+            _write_json(folder / RECIPE, request.recipe.to_values())
     world.wait()
     results = []
     tuned: nn.Module | None = None
-    for seed, arm in experiment.runs:
+    for seed, arm in request.runs:
         result, model = _run_arm(experiment, arm, seed, world, progress)
         results.append(result)
         tuned = model if tuned is None else tuned
@@ -138,12 +139,12 @@ def _run_arm(
     experiment: Experiment, arm: str, seed: int, world: World, progress: Progress | None
 ) -> tuple[Result, nn.Module]:
     """Train one network; with `resume`, from where its folder says that it stands."""
-    folder = experiment.get_folder(seed, arm)
+    folder = experiment.request.get_folder(seed, arm)
     recipe = replace(experiment.request.recipe, seed=seed)
     if world.is_main:
         _make_folder(folder)
     job = _make_job(experiment, recipe, arm, world)
-    title = f"{arm}, seed {seed}" if len(experiment.runs) > 1 else "fine-tuning"
+    title = f"{arm}, seed {seed}" if len(experiment.request.runs) > 1 else "fine-tuning"
 
     def keep(network: nn.Module, name: str) -> None:
         _write_network(network, folder / f"{name}.pt", experiment.start.source, arm)

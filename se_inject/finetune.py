@@ -81,7 +81,8 @@ def finetune(
     check_target(request.out)
     if request.num_seeds < 1:
         raise OptionError(f"--seeds is {request.num_seeds}; it must be at least 1")
-    _check_folder(request.folder, resume=request.resume)
+    _check_folder(request)
+    is_anew = request.resume and not request.has_begun()
     data = open_data(**request.data, seed=recipe.seed, may_be_unlabelled=recipe.distill == 1)
     seed_all(recipe.seed)  # the blocks, a fresh classifier, and what a factory draws
     model, source = open_model()
@@ -96,7 +97,7 @@ def finetune(
             "distill learns from the network's own classes, and its classifier was replaced; use --set distill=0"
         )
     experiment = Experiment(start, data, request)
-    notes = []
+    notes = [f"{request.folder} held no checkpoint: the run began at the first step"] if is_anew else []
     if request.has_control and not is_fresh(start.model):
         notes.append("the blocks had been trained before: the control starts from the same weights without them")
     with progress or contextlib.nullcontext():
@@ -105,8 +106,8 @@ def finetune(
         save(tuned, request.out, source=start.source)
         if len(results) > 1:
             runs = {
-                f"{arm}, seed {seed}": read_metrics(experiment.get_folder(seed, arm) / METRICS)
-                for seed, arm in experiment.runs
+                f"{arm}, seed {seed}": read_metrics(request.get_folder(seed, arm) / METRICS)
+                for seed, arm in request.runs
             }
             draw_curves(runs, request.folder / CURVES)
     notes += _describe_settled(recipe, start.fresh, results[0])
@@ -127,9 +128,17 @@ def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) ->
         yield "the blocks learned at ten times the backbone's rate: the images want gates of their own"
 
 
-def _check_folder(folder: Path, *, resume: bool) -> None:
+def _check_folder(request: Request) -> None:
     """Refuse to write over another run."""
+    folder = request.folder
     if folder.exists() and not folder.is_dir():
         raise OptionError(f"{folder} is a file; --run FOLDER says where the run's files go")
-    if not resume and folder.is_dir() and next(folder.rglob(CHECKPOINT), None) is not None:
+    found = sorted(path.parent for path in folder.rglob(CHECKPOINT)) if folder.is_dir() else []
+    if found and not request.resume:
         raise OptionError(f"{folder} holds a run already; --resume goes on with it, --run FOLDER begins in another one")
+    if found and not request.has_begun():
+        names = ", ".join(map(str, found[:4])) + (", ..." if len(found) > 4 else "")
+        raise OptionError(
+            f"{folder} holds other runs ({names}); --resume goes on with the --compare, --seeds and seed that began "
+            "them, --run FOLDER begins in another one"
+        )

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from se_inject.errors import RecipeError
 
@@ -293,7 +293,7 @@ def _find_unusable(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if values.get("auto_augment") and not _knows_augmentation(values["auto_augment"]):
         yield "auto_augment", "what timm's auto_augment_transform takes, as in rand-m9-mstd0.5"
     if "optimizer" in values and not _knows_optimizer(values["optimizer"]):
-        yield "optimizer", "auto or a name of timm.optim.list_optimizers()"
+        yield "optimizer", "auto or a name of timm.optim.list_optimizers() that takes first derivatives alone"
 
 
 def _knows_augmentation(name: str) -> bool:
@@ -306,4 +306,5 @@ def _knows_augmentation(name: str) -> bool:
 
 
 def _knows_optimizer(name: str) -> bool:
-    return name == "auto" or name.lower() in list_optimizers()
+    name = name.lower()
+    return name == "auto" or (name in list_optimizers() and not get_optimizer_info(name).second_order)

@@ -18,6 +18,7 @@ from timm.task import ClassificationTask
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from se_inject.errors import OptionError, get_first_line
 from se_inject.groups import param_groups
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model
@@ -74,14 +75,23 @@ def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> Cl
 def make_optimizer(
     model: nn.Module, recipe: Recipe, stage: StageName, fresh: Collection[str] = ()
 ) -> torch.optim.Optimizer:
-    """Make the optimizer of a stage, over what learns in it."""
+    """Make the optimizer of a stage, over what learns in it.
+
+    Raises:
+        OptionError: It needs a device or a package that is not here.
+    """
     se_lr = recipe.gates_lr if stage == "gates" else recipe.se_lr
     groups = param_groups(
         model, lr=recipe.lr, se_lr=se_lr, weight_decay=recipe.weight_decay, fresh=fresh, fresh_lr=recipe.head_lr
     )
-    return create_optimizer_v2(  # type: ignore[no-any-return]  # timm's
-        groups, recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
-    )
+    try:
+        return create_optimizer_v2(  # type: ignore[no-any-return]  # timm's
+            groups, recipe.optimizer, lr=recipe.lr, momentum=recipe.momentum
+        )
+    except (AssertionError, ImportError, RuntimeError) as error:
+        raise OptionError(
+            f"the optimizer {recipe.optimizer} cannot be made here: {get_first_line(error)}; use --set optimizer=auto"
+        ) from error
 
 
 def autocast(recipe: Recipe, world: World) -> contextlib.AbstractContextManager[Any]:

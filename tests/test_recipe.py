@@ -44,7 +44,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
         "epochs is 0.0; expected a number above 0",
         "scale is (0.9, 0.1); expected two numbers above 0, the smaller first",
         "batch_size is 1.5; expected a whole number",
-        "optimizer is 'sdg'; expected auto or a name of timm.optim.list_optimizers()",
+        "optimizer is 'sdg'; expected auto or a name of timm.optim.list_optimizers() that takes first",
         "ema is 1.0; expected a number below 1",
         "unknown key 'smothing', did you mean smoothing?",
         "crop is 'random'; expected one of resized, padded, none",
@@ -84,3 +84,8 @@ def test_a_recipe_that_is_not_there_is_an_error_that_lists_ours(name):
 def test_values_go_into_a_file_and_back():
     recipe = read_recipe("short", ["scale=[0.2, 0.9]"])
     assert make_recipe(recipe.to_values()) == recipe
+
+
+def test_an_optimizer_of_second_order_is_refused():
+    with pytest.raises(RecipeError, match="optimizer is 'adahessian'; expected .* that takes first derivatives alone"):
+        read_recipe("short", ["optimizer=adahessian"])

@@ -15,7 +15,7 @@ import torch
 from se_inject import blocks, eject, inject
 from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.datasets import open_data
-from se_inject.errors import ArtifactError, TrainingError
+from se_inject.errors import ArtifactError, OptionError, TrainingError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
@@ -123,6 +123,13 @@ def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
     assert not torch.equal(job.model.fc.weight, before)
     groups = {g["name"]: g["lr"] for g in make_optimizer(job.model, SMALL, "all", fresh).param_groups}
     assert groups["fresh"] == SMALL.head_lr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_an_optimizer_that_cannot_be_made_here_is_one_line(digits):
+    recipe = replace(SMALL, optimizer="fusedadam")
+    with pytest.raises(OptionError, match=r"^the optimizer fusedadam cannot be made here: CUDA required for APEX"):
+        make_optimizer(make_job(digits, recipe).model, recipe, "all")
 
 
 @pytest.mark.parametrize("se_lr", [1e-4, 0.2])

@@ -5,6 +5,7 @@ Takes the results of both arms, gives the difference with its interval and one s
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from scipy.stats import t
 
 SE, CONTROL = "se", "control"
 _LEVEL = 0.95
+_ROUNDING = 1e-9
 Verdict = Literal["helped", "made no difference", "hurt"]
 
 
@@ -78,8 +80,9 @@ class Difference:
 def compare(results: Sequence[Result]) -> Difference:
     """Compare both arms, seed by seed.
 
-    With several seeds the interval is Student's, of the paired differences over seeds. With one it is the normal one of
-    the paired differences over images, which leaves out how much another seed would have changed.
+    With several seeds the interval is Student's, of the paired differences over seeds; there is none where all of them
+    are the same. With one it is the normal one over images (`compute_paired_error`), which leaves out how much another
+    seed would have changed.
 
     Args:
         results: Of both arms, for the same seeds.
@@ -97,16 +100,37 @@ def compare(results: Sequence[Result]) -> Difference:
     points = statistics.fmean(differences)
     if len(seeds) > 1:
         half = compute_half_width(differences)
+        if half < _ROUNDING:
+            return Difference(points, None, None, f"the same with all {len(seeds)} seeds")
         return Difference(points, points - half, points + half, f"over {len(seeds)} seeds")
     ours, theirs = (by_arm[arm][seeds[0]].hits for arm in (SE, CONTROL))
     pairs = [(int(a), int(b)) for a, b in zip(ours, theirs, strict=True) if a != "2" and b != "2"]
     if len(pairs) < 2:
         return Difference(points, None, None, "one seed; repeat with --seeds 3")
-    spread = statistics.stdev(100.0 * (a - b) for a, b in pairs) / len(pairs) ** 0.5
-    half = statistics.NormalDist().inv_cdf((1 + _LEVEL) / 2) * spread
+    error = compute_paired_error(sum(a > b for a, b in pairs), sum(a < b for a, b in pairs), len(pairs))
+    half = statistics.NormalDist().inv_cdf((1 + _LEVEL) / 2) * error
     return Difference(
         points, points - half, points + half, "over the images, one seed; --seeds 3 covers the training too"
     )
+
+
+def compute_paired_error(num_better: int, num_worse: int, num_images: int) -> float:
+    """Compute the standard error of the difference of two accuracies on the same images, in points of per cent.
+
+    It is that of Agresti and Min (Statistics in Medicine 24, 2005), which adds half an image to each of the four ways
+    in which two answers can be right and wrong: it is not 0 where few images are answered differently, or none.
+
+    Args:
+        num_better: Images that the first network alone answers rightly.
+        num_worse: Images that the second one alone answers rightly.
+        num_images: All of them.
+
+    Example:
+        >>> round(compute_paired_error(0, 0, 10), 2)
+        8.33
+    """
+    better, worse, num = num_better + 0.5, num_worse + 0.5, num_images + 2
+    return 100 * math.sqrt(better + worse - (better - worse) ** 2 / num) / num
 
 
 def compute_half_width(values: Sequence[float]) -> float:

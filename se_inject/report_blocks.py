@@ -13,6 +13,7 @@ from typing import Literal
 
 from se_inject.absorption import Folds
 from se_inject.block import SqueezeExcite
+from se_inject.comparison import compute_paired_error
 from se_inject.gate_statistics import NUM_BINS, BlockGates
 from se_inject.plan import Site
 from se_inject.scores import Scores
@@ -91,9 +92,8 @@ class BlockFacts:
 def measure_ablation(before: Scores, after: Scores) -> Ablation:
     """Compare the scores of a network to those with the gates of a block fixed, on the same images.
 
-    The standard error is that of Agresti and Min (Statistics in Medicine 24, 2005), which adds half an image to each of
-    the four ways in which two answers can be right and wrong: it is not 0 where few images are answered alike. Of a
-    stream, whose images come in no fixed order, it is that of two independent scores, which is too large.
+    The standard error is `compute_paired_error`. Of a stream, whose images come in no fixed order, it is that of two
+    independent scores, which is too large.
 
     Example:
         >>> import torch
@@ -111,9 +111,7 @@ def measure_ablation(before: Scores, after: Scores) -> Ablation:
         return Ablation(before.top1 - after.top1, error, is_paired=False, loss=loss)
     counted = before.hits < 2
     ours, theirs = before.hits[counted], after.hits[counted]
-    worse, better = (int((ours > theirs).sum()) + 0.5, int((ours < theirs).sum()) + 0.5)
-    num = len(ours) + 2
-    error = 100 * math.sqrt(worse + better - (worse - better) ** 2 / num) / num
+    error = compute_paired_error(int((ours > theirs).sum()), int((ours < theirs).sum()), len(ours))
     return Ablation(before.top1 - after.top1, error, is_paired=True, loss=loss)
 
 

@@ -25,8 +25,13 @@ def test_several_seeds_give_students_interval_of_the_paired_differences():
 @pytest.mark.parametrize(
     ("ours", "theirs", "sentence"),
     [
-        ([85.0, 85.1], [84.0, 84.1], "SE helped: +1.00 points (95 % interval +1.00 to +1.00, over 2 seeds)"),
-        ([84.0, 84.1], [85.0, 85.1], "SE hurt: -1.00 points (95 % interval -1.00 to -1.00, over 2 seeds)"),
+        ([85.0, 85.12], [84.0, 84.1], "SE helped: +1.01 points (95 % interval +0.88 to +1.14, over 2 seeds)"),
+        ([84.0, 84.1], [85.0, 85.12], "SE hurt: -1.01 points (95 % interval -1.14 to -0.88, over 2 seeds)"),
+        (
+            [85.0, 85.1],
+            [84.0, 84.1],
+            "SE made no difference that this comparison can tell: +1.00 points (no interval, the same with all 2 seeds)",  # noqa: E501
+        ),
         (
             [85.0, 84.0],
             [84.0, 85.0],
@@ -41,10 +46,17 @@ def test_one_sentence_says_what_came_of_it(ours, theirs, sentence):
 def test_one_seed_gives_the_interval_over_the_images():
     ours, theirs = "1" * 90 + "0" * 10 + "2", "1" * 80 + "0" * 20 + "2"
     found = compare([make("se", 0, 90.0, ours), make("control", 0, 80.0, theirs)])
-    # 100 differences, 10 of them 100 points and 90 of them 0: mean 10, standard deviation 30.15, 1.96 of its error 5.91
-    assert (found.points, found.low, found.high) == pytest.approx((10.0, 4.09, 15.91), abs=0.01)
+    # Half an image more of each kind: 1.96 * 100 / 102 * sqrt(10.5 + 0.5 - (10.5 - 0.5) ** 2 / 102)
+    assert (found.points, found.low, found.high) == pytest.approx((10.0, 3.92, 16.08), abs=0.01)
     assert found.verdict == "helped"
     assert "--seeds 3" in found.basis
+
+
+def test_networks_that_answer_alike_are_not_known_to_be_equal():
+    found = compare([make("se", 0, 90.0, "1" * 9 + "0"), make("control", 0, 90.0, "1" * 9 + "0")])
+    assert str(found).startswith(
+        "SE made no difference that this comparison can tell: +0.00 points (95 % interval -16.33 to +16.33, over"
+    )
 
 
 def test_a_stream_of_one_seed_has_no_interval_and_says_so():

@@ -102,12 +102,21 @@ DataName = Annotated[
         "--data",
         metavar="DIR",
         help="A folder with train/ and val/, or with a folder a class, of which `finetune` holds a fifth back "
-        "and all else takes all; or a name of timm's with its root: torch/cifar10:ROOT, hfds/USER/NAME, wds/:ROOT.",
+        "and all else takes all, without --split; or a name of timm's with its root: torch/cifar10:ROOT, "
+        "hfds/USER/NAME, wds/:ROOT.",
     ),
 ]
 TrainSplit = Annotated[str, typer.Option("--train-split", metavar="NAME", help="Of data that are no folder.")]
 ValSplit = Annotated[str, typer.Option("--val-split", metavar="NAME", help="Likewise.")]
 Download = Annotated[bool, typer.Option("--download", help="Let timm fetch data that are missing.")]
+SplitFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--split",
+        metavar="FILE",
+        help="split.json of a run: which images of a single folder train, and which validate.",
+    ),
+]
 InputSize = Annotated[
     int | None,
     typer.Option("--input-size", metavar="N", help="Height and width of images; the network's own."),
@@ -215,16 +224,19 @@ def name_data(
     data: DataName,
     train_split: TrainSplit = "train",
     val_split: ValSplit = "validation",
+    split: SplitFile = None,
     download: Download = False,
 ) -> dict[str, Any]:
     """Read where the images are, as `open_data` takes it."""
-    return {"name": data, "download": download, "options": {"train_split": train_split, "val_split": val_split}}
+    options = {"train_split": train_split, "val_split": val_split}
+    return {"name": data, "download": download, "split": split, "options": options}
 
 
 def read_validation(
     *,
     data: DataName,
     val_split: ValSplit = "validation",
+    split: SplitFile = None,
     download: Download = False,
     batch_size: BatchSize = 64,
     workers: Workers = 2,
@@ -233,7 +245,7 @@ def read_validation(
 ) -> dict[str, Any]:
     """Read which images a network is scored on, as `open_validation` takes it."""
     return {
-        "data": name_data(data=data, val_split=val_split, download=download),
+        "data": name_data(data=data, val_split=val_split, split=split, download=download),
         "batch_size": batch_size,
         "workers": workers,
         "input_size": input_size,

@@ -106,7 +106,7 @@ def _write_command(given: Mapping[str, Any]) -> str:
     """Write the command that does what the report advises, with the options that this one was given."""
     words = ["se-inject", "simplify", str(given["model"]), *(["--trust-source"] if given["trust_source"] else [])]
     words += ["--data", str(given["data"])]
-    for key, default in (("val_split", "validation"), ("input_size", None), ("max_bad", 0)):
+    for key, default in (("val_split", "validation"), ("split", None), ("input_size", None), ("max_bad", 0)):
         if given[key] != default:
             words += [f"--{key.replace('_', '-')}", str(given[key])]
     return shlex.join([*words, "--max-drop", "0.1", "--out", _SMALLER])

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import add_img_extensions, create_dataset, get_img_extensions, set_img_extensions
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset, IterableDataset, Subset
@@ -33,12 +32,9 @@ from se_inject.contents import (
     list_targets,
 )
 from se_inject.errors import DataError
-from se_inject.files import write_whole
+from se_inject.splits import Split, draw_split, read_split, write_split
 
 TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "eval", "test", "testing")
-VAL_SHARE = 0.2
-"""The part of a single folder's images that validates."""
-SPLIT_FILE = "split.json"
 _PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 _WITH_ROOT = ("torch/", "wds/")
 
@@ -61,7 +57,7 @@ class Data:
     classes: tuple[str, ...] | None
     num_classes: int
     origin: str
-    split: tuple[Sequence[int], Sequence[int]] | None = None
+    split: Split | None = None
 
     @property
     def is_labelled(self) -> bool:
@@ -74,6 +70,15 @@ class Data:
         digest = hashlib.sha256(json.dumps([names, self.classes]).encode()).hexdigest()[:16]
         return {"origin": self.origin, "num_classes": self.num_classes, "sizes": [*map(count_images, self.parts)],
                 "digest": digest}  # fmt: skip
+
+    def write_split(self, folder: Path) -> None:
+        """Write down how a single folder was split, if it is one.
+
+        Raises:
+            ArtifactError: The file cannot be written.
+        """
+        if self.split is not None and self.train is not None:
+            write_split(self.origin, {"train": self.train, "val": self.val}, folder)
 
     @property
     def parts(self) -> list[Dataset[Any]]:
@@ -89,6 +94,7 @@ def open_data(
     is_evaluation: bool = False,
     may_be_unlabelled: bool = False,
     download: bool = False,
+    split: Path | None = None,
     options: dict[str, Any] | None = None,
 ) -> Data:
     """Open a data set.
@@ -99,15 +105,19 @@ def open_data(
             it has one, as in `torch/cifar10:ROOT`, `hfds/USER/NAME` and `wds/:ROOT`.
         mode: What images are converted to: "RGB", or "L" for networks with one input channel.
         seed: Of the split.
-        is_evaluation: Only the validation images are needed; a folder without `val/` is one of them, whole.
+        is_evaluation: Only the validation images are needed; a folder without `val/` is one of them, whole unless there
+            is a `split`.
         may_be_unlabelled: Training images need no labels.
         download: Let timm fetch what is missing.
+        split: The `split.json` of a run, which tells the images of a single folder that train from those that validate.
         options: Further arguments of `create_dataset`.
 
     Raises:
         DataError: There is no such data, it holds no images, or its classes are not those that can be trained on.
     """
     if name.lower().startswith(_PREFIXES):
+        if split is not None:
+            raise DataError(f"--split {split} tells the images of a single folder apart, and {name} is none")
         return _open_named(name, mode, seed, is_evaluation=is_evaluation, download=download, options=options or {})
     root = Path(name)
     if not root.is_dir():
@@ -118,12 +128,14 @@ def open_data(
         found, other = (train, VAL[0]) if train is not None else (val, TRAIN[0])
         assert found is not None
         raise DataError(f"{root} has {found.name}/ and no {other}/; expected both, or folders of classes alone")
-    if is_evaluation:
+    if split is not None and val is not None:
+        raise DataError(f"--split {split} tells the images of a single folder apart, and {root} has {val.name}/")
+    if is_evaluation and split is None:
         images = _open_folder(val or root, mode)
         _check_labels(val or root, images)
         return _check(Data(None, images, list_classes(images), count_classes(images), str(val or root)))
     if train is None or val is None:
-        return _check(_split_folder(root, mode, seed, may_be_unlabelled=may_be_unlabelled))
+        return _check(_split_folder(root, mode, seed, split, may_be_unlabelled=may_be_unlabelled))
     images, other_images = _open_folder(train, mode), _open_folder(val, mode)
     if not may_be_unlabelled:
         _check_labels(train, images)
@@ -137,17 +149,6 @@ def _find_part(root: Path, names: Sequence[str]) -> Path | None:
     """Find the folder of training or validation images, written as its owner likes."""
     folders = {f.name.lower(): f for f in sorted(root.iterdir(), reverse=True) if f.is_dir()}
     return next((folders[name] for name in names if name in folders), None)
-
-
-def write_split(data: Data, folder: Path) -> None:
-    """Write down how a single folder was split: `split.json`, with the paths of the images that train and validate.
-
-    Raises:
-        ArtifactError: The file cannot be written.
-    """
-    if data.split is not None and data.train is not None:
-        values = {"root": data.origin, "train": list_names(data.train), "val": list_names(data.val)}
-        write_whole(folder / SPLIT_FILE, lambda file: file.write(json.dumps(values, indent=1).encode()))
 
 
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
@@ -242,26 +243,13 @@ def _create(name: str, split: str, options: dict[str, Any], mode: str) -> Datase
     return images
 
 
-def _split_folder(root: Path, mode: str, seed: int, *, may_be_unlabelled: bool) -> Data:
-    """Split a folder class by class, so that each class has its part on both sides."""
+def _split_folder(root: Path, mode: str, seed: int, file: Path | None, *, may_be_unlabelled: bool) -> Data:
     images = _open_folder(root, mode)
     if not may_be_unlabelled:
         _check_labels(root, images)
-    targets = list_targets(images)
-    assert targets is not None
-    generator = torch.Generator().manual_seed(seed)
-    chosen: set[int] = set()
-    for label in sorted(set(targets)):
-        indices = [i for i, target in enumerate(targets) if target == label]
-        order = torch.randperm(len(indices), generator=generator).tolist()
-        num = max(1, round(VAL_SHARE * len(indices))) if len(indices) > 1 else 0
-        chosen.update(indices[i] for i in order[:num])
-    train = [i for i in range(len(targets)) if i not in chosen]
-    val = sorted(chosen)
-    if not val:
-        raise DataError(f"{root} has one image a class, which leaves none to validate on; give train/ and val/")
-    parts = Subset(images, train), Subset(images, val)
-    return Data(*parts, list_classes(images), count_classes(images), str(root), (train, val))
+    split = draw_split(root, images, seed) if file is None else read_split(root, images, file)
+    train, val = (Subset(images, indices) for indices in split)
+    return Data(train, val, list_classes(images), count_classes(images), str(root), split)
 
 
 def _check(data: Data) -> Data:

@@ -20,7 +20,7 @@ from torch import nn
 from se_inject.artifact import save
 from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import CONTROL, SE, Result
-from se_inject.datasets import Data, write_split
+from se_inject.datasets import Data
 from se_inject.ejection import eject
 from se_inject.errors import ArtifactError
 from se_inject.files import write_tensors, write_whole
@@ -122,7 +122,7 @@ def run_experiment(
     if world.is_main:
         _make_folder(folder)
         if not (request.resume and request.has_begun()):  # a run that refuses to go on keeps what it has
-            write_split(experiment.data, folder)
+            experiment.data.write_split(folder)
             _write_json(folder / RECIPE, request.recipe.to_values())
     world.wait()
     results = []

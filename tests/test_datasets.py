@@ -2,6 +2,7 @@ import gc
 import gzip
 import json
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,13 @@ from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 
 from se_inject.contents import count_images, get_name, list_classes, list_targets
-from se_inject.datasets import open_data, write_split
+from se_inject.datasets import open_data
 from se_inject.errors import DataError
 from tests.images_on_disk import make_folder, make_image, make_shards, make_two_folders
 
 
 def read_split(data, folder):
-    write_split(data, folder)
+    data.write_split(folder)
     return json.loads((folder / "split.json").read_text())
 
 
@@ -94,8 +95,54 @@ def test_the_split_is_written_down(tmp_path):
     assert len(written["train"]) == 8
 
 
+def test_a_split_that_was_written_down_is_taken_again(tmp_path):
+    make_folder(tmp_path / "images", num=5)
+    first = open_data(str(tmp_path / "images"), seed=3)
+    first.write_split(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "moved")
+    options = {"split": tmp_path / "split.json"}
+    again = open_data(str(tmp_path / "moved"), **options)
+    judged = open_data(str(tmp_path / "moved"), is_evaluation=True, **options)
+    assert again.split == judged.split == first.split
+    assert list_targets(judged.val) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        (None, "split.json cannot be read: No such file or directory; expected the split.json of a run's folder"),
+        ("{", "split.json is no split of a folder; expected the split.json of a run's folder: root, and the images"),
+        ("[]", "split.json is no split of a folder"),
+        ('{"root": "x", "train": [], "val": ["y/a/0.png"]}', "split.json is no split of a folder"),
+        (
+            '{"root": "x", "train": [], "val": ["x/c/0.png"]}',
+            "names images that .*/images does not have, c/0.png first",
+        ),
+        ('{"root": "x", "train": ["x/cat/0.png"], "val": []}', "has no images in val, or some in train too"),
+        ('{"root": "x", "train": ["x/cat/0.png"], "val": ["x/cat/0.png"]}', "has no images in val, or some in train"),
+    ],
+)
+def test_what_is_no_split_of_these_images_is_refused(tmp_path, text, match):
+    make_folder(tmp_path / "images")
+    if text is not None:
+        (tmp_path / "split.json").write_text(text)
+    with pytest.raises(DataError, match=match):
+        open_data(str(tmp_path / "images"), split=tmp_path / "split.json")
+
+
+def test_a_split_is_of_a_single_folder(tmp_path):
+    make_two_folders(tmp_path)
+    for options in ({}, {"is_evaluation": True}):
+        with pytest.raises(
+            DataError, match=r"--split s.json tells the images of a single folder apart, and .* has val/"
+        ):
+            open_data(str(tmp_path), split=Path("s.json"), **options)
+    with pytest.raises(DataError, match="a single folder apart, and torch/cifar10 is none"):
+        open_data("torch/cifar10", split=Path("s.json"))
+
+
 def test_two_folders_have_no_split_to_write_down(tmp_path):
-    write_split(open_data(str(make_two_folders(tmp_path))), tmp_path)
+    open_data(str(make_two_folders(tmp_path))).write_split(tmp_path)
     assert not (tmp_path / "split.json").exists()
 
 

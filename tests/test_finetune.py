@@ -126,6 +126,10 @@ def test_another_number_of_classes_replaces_the_classifier(run, tmp_path):  # no
 def test_a_single_folder_is_split_and_the_split_written_down(run, data):  # noqa: F811
     code, _, err = tune(run, data / "train", "--out", "tuned.pt")
     assert code == 0, err
+    assert "a fifth of the images was held back; --split runs/tuned/split.json scores them alone" in err
+    found = json.loads(Path("runs/tuned/result.json").read_text())
+    scored = ["evaluate", "tuned.pt", "--trust-source", "--data", data / "train", "--split", "runs/tuned/split.json"]
+    assert json.loads(run(*scored, "--json")[1])["top1"] == found["top1"]
     split = json.loads(Path("runs/tuned/split.json").read_text())
     assert len(split["train"]) + len(split["val"]) == 120
     assert not set(split["train"]) & set(split["val"])

@@ -8,6 +8,7 @@ Nor is the map kept where a batch norm made it, which keeps its own input: what 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -121,10 +122,17 @@ def _pass_on(inner_mean: Tensor, convolution: Convolution, origin: tuple[Tensor,
     _, mean, inverse, scale, shift = origin
     groups, weight = convolution.groups, convolution.weight.to(mean.dtype)
     z = inner_mean.view(len(inner_mean), groups, -1)
-    with torch.autocast(z.device.type, enabled=False):  # the mean is taken off below: what is left needs all bits
+    with _all_bits(z.device.type):  # the mean is taken off below
         z = torch.einsum("ngi,goi->ngo", z, weight.view(groups, -1, z.shape[-1])).flatten(1)
     z = z - mean if convolution.bias is None else z + (convolution.bias - mean)
     return torch.addcmul(shift, z, inverse * scale)
+
+
+def _all_bits(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Compute without autocast, which the meta device does not have."""
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def scale_map(squeezed: Tensor, x: Tensor, gate: Tensor, link: Link, shortcut: Tensor | None = None) -> Tensor:

@@ -66,7 +66,7 @@ def _read_off(x: Tensor, source: Tensor, mean: Tensor, scale: Tensor) -> Tensor 
     if not x.numel() or x.dtype not in (torch.float32, torch.float64):
         return None
     first: tuple[Any, ...] = (0, slice(None), *[0] * (x.ndim - 2))
-    return x.detach()[first] - (source.detach()[first] - mean) * scale
+    return x.detach()[first] - (source.detach()[first] - mean.detach()) * scale.detach()
 
 
 def find_convolution(x: Tensor) -> Convolution | None:
@@ -80,6 +80,8 @@ def find_convolution(x: Tensor) -> Convolution | None:
     except RuntimeError:
         return None
     bias = node.next_functions[2][0]
+    if bias is None and node._saved_bias_sym_sizes_opt:
+        return None  # it has one that does not learn, which autograd does not keep
     is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
     if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):
         return None

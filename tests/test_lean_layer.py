@@ -85,7 +85,10 @@ def test_gradients_are_those_of_plain_autograd(uses, name, training, has_shortcu
     assert len(uses) == 1
 
 
-FROZEN = {"x": 1, "conv": 1, "norm.weight": 1, "se": 1, "se.fc2": 1, "x norm.weight se": 1, "norm": 1, "x conv": 0}
+FROZEN = {
+    "x": 1, "conv": 1, "norm.weight": 1, "norm.bias": 1, "se": 1, "se.fc2": 1, "x norm.weight se": 1, "norm": 1,
+    "x conv": 0,
+}  # fmt: skip
 """What is frozen, and whether the closed form is used."""
 
 
@@ -97,6 +100,25 @@ def test_what_is_frozen_needs_no_gradient(uses, frozen):
         parameter.requires_grad_(not name.startswith(tuple(f for f in frozen.split() if f != "x")))
     compare(model, x, make_input(num_channels=32, seed=2))
     assert len(uses) == FROZEN[frozen]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("frozen", ["conv.bias", "conv", "conv norm", "norm.bias conv.bias"])
+def test_a_bias_before_the_norm_counts_where_it_does_not_learn_too(uses, frozen, training):
+    x, model = make_input(), Branch(bias=True)
+    nn.init.normal_(model.conv.bias, std=2)
+    model.norm.train(training)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen.split())))
+    compare(model, x, make_input(num_channels=32, seed=2))
+    assert not uses
+
+
+def test_the_meta_device_has_no_autocast():
+    model = Branch().to("meta")
+    x = torch.empty(2, 8, 12, 12, dtype=torch.float64, device="meta", requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad.shape == x.shape
 
 
 def test_a_gradient_in_another_layout_or_expanded_is_taken(uses):

@@ -80,7 +80,7 @@ def find_convolution(x: Tensor) -> Convolution | None:
     except RuntimeError:
         return None
     bias = node.next_functions[2][0]
-    if bias is None and node._saved_bias_sym_sizes_opt:
+    if bias is None and any(node._saved_bias_sym_sizes_opt or ()):
         return None  # it has one that does not learn, which autograd does not keep
     is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
     if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):

@@ -1,8 +1,8 @@
 """Folding: put batch norms into the convolutions before them, which is exact in eval mode.
 
 `follow_norms` runs a twin once and follows what each convolution makes; `fold_norms` changes a model. A fold is found
-where it can be proved from that run: the convolution runs once, and one batch norm alone reads what it makes. How the
-code is written does not matter.
+where that run shows it: the convolution runs once, and one batch norm alone reads what it makes. How the code is
+written does not matter. Another course of the same network is not seen.
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ class Course:
 
     folds: tuple[Fold, ...]
     num_uses: Counter[str]
+
+    def agree(self, other: Course) -> Course:
+        """Keep the folds that another run of the same network shows too, or says nothing of."""
+        uses = other.num_uses
+        kept = (f for f in self.folds if f in other.folds or not (uses[f.convolution] or uses[f.norm]))
+        return Course(tuple(kept), self.num_uses)
 
 
 def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:

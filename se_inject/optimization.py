@@ -6,6 +6,7 @@ run together with the layers around them. What cannot be proved to be safe stays
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import trace_entry
 from se_inject.twin import Twin, alone, get_dtype, make_twin, quiet, set_training
 
+_TAP = "forward_intermediates"
+"""timm's way to read maps between layers."""
+
 
 @torch.inference_mode(False)
 def optimize(model: nn.Module, example: object = None, *, kernels: bool = False) -> nn.Module:
@@ -42,6 +46,9 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
     the shortcut and applies a ReLU in one place; its gain is folded. Where one of these does not apply (a 3x3
     convolution, an activation in between, a joint concatenation), the others are done. The network is of the same class
     and is called as before; it is in eval mode, has no gradients and is not to be trained.
+
+    What can be folded is seen on the example, and in timm's `forward_intermediates`. Where the network takes another
+    course (with other arguments, by the image size, by the data), its outputs are not those of the original.
 
     Args:
         model: From `inject` or `load`, or any other network. It is not changed.
@@ -157,7 +164,11 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
     """Follow a run of the network over fake tensors, or over zeros where its course depends on the data."""
     try:
         with set_training(twin.model, False), quiet(), kept_random_state(), twin.mode:
-            return follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))
+            course = follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))
+            if (tap := getattr(twin.model, _TAP, None)) is not None:
+                with contextlib.suppress(Exception):  # a tap that does not run is nobody's
+                    course = course.agree(follow_norms(twin.model, functools.partial(tap, *call.args, **call.kwargs)))
+            return course
     except DATA_DEPENDENT:
         copied, given = copy_model(model), make_zeros(call, model)
         return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))

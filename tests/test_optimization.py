@@ -251,6 +251,17 @@ def test_norms_stay_where_folding_would_be_wrong():
             assert torch.equal(found, expected)
 
 
+def test_a_norm_stays_where_timm_reads_the_map_before_it(x):
+    model = train_a_little(timm.create_model("ghostnet_050", num_classes=7))  # before bn1
+    optimized = optimize(model, x)
+    assert isinstance(optimized.bn1, _BatchNorm)
+    assert sum(isinstance(m, _BatchNorm) for m in optimized.modules()) == 1
+    with torch.no_grad():
+        expected = model.double().forward_intermediates(x.double(), intermediates_only=True)
+        for found, right in zip(optimized.forward_intermediates(x, intermediates_only=True), expected, strict=True):
+            torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
+
+
 def test_transposed_and_grouped_convolutions_and_norms_with_activations_are_folded():
     torch.manual_seed(0)
     model = nn.Sequential(

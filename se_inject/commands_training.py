@@ -42,7 +42,9 @@ def run_finetune(
     ),
     run: Annotated[
         Path | None,
-        typer.Option("--run", metavar="FOLDER", help="For checkpoints, logs, results; runs/NAME of --out."),
+        typer.Option(
+            "--run", "--run-folder", metavar="FOLDER", help="For checkpoints, logs, results; runs/NAME of --out."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of the folder.")] = False,
     control: Annotated[

@@ -141,7 +141,7 @@ def open_data(
         _check_labels(train, images)
         _check_labels(val, other_images)
     if has_labels(images) and has_labels(other_images):
-        _compare_classes(train, images, val, other_images)
+        _compare_classes(f"{train.name}/", images, f"{val.name}/", other_images)
     return _check(Data(images, other_images, list_classes(other_images), count_classes(other_images), name))
 
 
@@ -195,7 +195,8 @@ def _sort_into_classes(folder: Path, images: Dataset[Any]) -> None:
     empty = [name for name in folders if name not in full]
     if empty:
         raise DataError(f"{_count(empty, 'class')} without images in {folder}: {_shorten(empty)}; fill or remove")
-    names = sorted(full, key=natural_key) if folders else [""]
+    # timm's order takes `a1` and `a01`, or `Cat` and `cat`, for equal: theirs is by their letters, in every process.
+    names = sorted(full, key=lambda name: (natural_key(name), name)) if folders else [""]
     indices = {name: i for i, name in enumerate(names)}
     reader.samples = [(file, indices[parts[0]] if folders else -1) for file, parts in found]
     reader.class_to_idx = indices
@@ -216,12 +217,14 @@ def _open_named(
         opened[part] = _create(
             name, split, {**options, "is_training": part == "train", "seed": seed, "download": download}, mode
         )
-    val = opened["val"]
+    train, val = opened.get("train"), opened["val"]
+    if train is not None:
+        _compare_classes(f"the split {splits['train']}", train, f"the split {splits['val']}", val)
     classes, targets = list_classes(val), list_targets(val)
     num = len(classes) if classes else 1 + max(targets) if targets else 0
     if not num:
         num = count_unlisted_classes(val)
-    return _check(Data(opened.get("train"), val, classes, num, name))
+    return _check(Data(train, val, classes, num, name))
 
 
 def _create(name: str, split: str, options: dict[str, Any], mode: str) -> Dataset[Any]:
@@ -268,12 +271,15 @@ def _check_labels(folder: Path, images: Dataset[Any]) -> None:
         raise DataError(f"the images of {folder} lie in no folders of classes; expected {folder}/CLASS/IMAGE")
 
 
-def _compare_classes(train: Path, images: Dataset[Any], val: Path, other: Dataset[Any]) -> None:
-    ours, theirs = (set(list_classes(x) or ()) for x in (images, other))
-    if ours != theirs:
-        sides = ((train, ours - theirs), (val, theirs - ours))
-        found = "; ".join(f"only in {f.name}/: {_shorten(sorted(names))}" for f, names in sides if names)
-        raise DataError(f"the classes of {train} and {val} differ, {found}; both need the same folders")
+def _compare_classes(part: str, images: Dataset[Any], other_part: str, other: Dataset[Any]) -> None:
+    """Refuse classes that differ between training and validation, in name or in order."""
+    ours, theirs = list_classes(images), list_classes(other)
+    if ours is None or theirs is None or ours == theirs:
+        return
+    sides = ((part, set(ours) - set(theirs)), (other_part, set(theirs) - set(ours)))
+    found = "; ".join(f"only in {name}: {_shorten(sorted(names))}" for name, names in sides if names)
+    found = found or f"in another order: {_shorten(ours)} and {_shorten(theirs)}"
+    raise DataError(f"the classes of {part} and {other_part} differ, {found}; both need the same")
 
 
 def _shorten(names: Sequence[str], num: int = 5) -> str:

@@ -110,6 +110,8 @@ def finetune(
                 for seed, arm in request.runs
             }
             draw_curves(runs, request.folder / CURVES)
+    if not data.is_labelled:
+        notes.append("the validation images have no labels: top-1 is agreement with the original network")
     if data.split is not None and request.data.get("split") is None:
         notes.append(f"a fifth of the images was held back; --split {request.folder}/split.json scores them alone")
     notes += _describe_settled(recipe, start.fresh, results[0])

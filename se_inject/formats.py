@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -105,14 +106,14 @@ def read_format(
 def make_train_transform(form: InputFormat, recipe: Recipe) -> Transform:
     """Make the augmentation of a recipe; gives uint8 arrays (C, H, W), which are normalised on the device."""
     jitter: Any = recipe.color_jitter or None
-    made: Any = create_transform(
-        form.size,
-        is_training=True,
+    made: Any = transforms_imagenet_train(
+        form.size[1:],
         scale=recipe.scale,
         ratio=recipe.ratio,
         hflip=recipe.hflip,
         vflip=recipe.vflip,
         color_jitter=jitter,
+        force_color_jitter=True,  # beside a policy too
         auto_augment=recipe.auto_augment or None,
         interpolation=form.interpolation,
         mean=form.mean,
@@ -145,11 +146,20 @@ def make_eval_transform(form: InputFormat) -> Transform:
 
 
 def convert_image(image: Image.Image, mode: str) -> Image.Image:
-    """Convert an image to "RGB" or "L"; what has 16 bits is scaled, where Pillow alone would make it white."""
-    if image.mode.startswith("I"):
+    """Convert an image to "RGB" or "L".
+
+    16 bits are scaled to 8, whatever the image uses of them, where Pillow alone would make it white. What has 32 bits
+    is taken for 8 or 16 of them by its largest value, and floating-point numbers for 0 to 1 or 0 to 255.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
-        shift = 257 if values.max(initial=0) > 255 else 1  # 65535 becomes 255
-        image = Image.fromarray((values / shift).round().clip(0, 255).astype(np.uint8))
+        largest = values.max(initial=0)
+        if image.mode == "F":
+            scale = 255.0 if largest <= 1 else 1.0
+        else:
+            has_16 = image.mode != "I" or image.format == "PNG"  # which Pillow before 11 reads as 32
+            scale = 1 / 257 if has_16 or largest > 255 else 1.0  # 65535 becomes 255
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert(mode)

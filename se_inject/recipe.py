@@ -158,6 +158,16 @@ _AT_MOST = {"epochs": 1_000_000, "seed": 2**31 - 1, "workers": 1024}
 _KEYS = {f.name: f for f in fields(Recipe)}
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
+            raise yaml.constructor.ConstructorError(problem=f"{', '.join(twice)} is given twice")
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with overrides as in `lr=0.01`.
 
@@ -174,7 +184,7 @@ def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
     """
     path = find_recipe(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
@@ -216,6 +226,8 @@ def make_recipe(values: Mapping[str, Any], *, origin: str = "the recipe", proble
     ]
     if found:
         raise RecipeError(f"{origin}: {'; '.join(found)}")
+    if "optimizer" in read:
+        read["optimizer"] = read["optimizer"].lower()  # as timm does
     return Recipe(**read)
 
 

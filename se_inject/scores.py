@@ -120,15 +120,19 @@ def evaluate(
                 targets = labels
                 if teacher is not None:
                     targets = torch.where(labels == UNREADABLE, labels, teacher(images).argmax(1))
-            num = len(images)
+            num, outputs = len(images), outputs.float()
+            answers = outputs.topk(min(_TOP, num_classes), 1).indices
             if hits is not None:
                 places = torch.arange(place, place + num * world.size, world.size, device=world.device)
-                hits[places] = torch.where(targets < 0, 2, (outputs.argmax(1) == targets).long())
+                hits[places] = torch.where(targets < 0, 2, (answers[:, 0] == targets).long())
                 place += num * world.size
-            outputs, targets = outputs[targets >= 0].float(), targets[targets >= 0]
+            outputs, answers, targets = (x[targets >= 0] for x in (outputs, answers, targets))
             if len(targets) and int(targets.max()) >= num_classes:
                 raise DataError(f"an image has the label {int(targets.max())}, the network has {num_classes} classes")
-            _count(confusion, sums, outputs, targets, temperature)
+            sums[0] += F.cross_entropy(outputs / temperature, targets, reduction="sum").double()
+            sums[1] += (answers == targets[:, None]).any(1).sum()
+            pairs = targets * num_classes + answers[:, 0]
+            confusion += torch.bincount(pairs, minlength=num_classes**2).view_as(confusion)
             on_batch(labels)
     loader.bad.share(world)
     loader.bad.check()
@@ -138,15 +142,6 @@ def evaluate(
         world.add_up(hits)
     num = max(1, int(confusion.sum()))
     return Scores(confusion.cpu(), int(sums[1]), float(sums[0]) / num, None if hits is None else hits.cpu(), classes)
-
-
-def _count(confusion: Tensor, sums: Tensor, outputs: Tensor, targets: Tensor, temperature: float) -> None:
-    num_classes = len(confusion)
-    answers = outputs.topk(min(_TOP, num_classes), 1).indices
-    pairs = targets * num_classes + answers[:, 0]
-    confusion += torch.bincount(pairs, minlength=num_classes**2).view_as(confusion)
-    sums[0] += F.cross_entropy(outputs / temperature, targets, reduction="sum").double()
-    sums[1] += (answers == targets[:, None]).any(1).sum()
 
 
 def _check_outputs(outputs: object, num_classes: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -194,9 +195,9 @@ def _count(model: nn.Module, images: Tensor, conditions: Conditions, *, trains: 
         model(images)
     traffic, peak, peak_training = None, counter.peak, None
     if trains:
-        with cast_maps(conditions):
+        with cast_maps(conditions), suppress(ValueError):  # torch's batch norm of one value a channel cannot train
             traffic = measure_traffic(copy.deepcopy(model), images)
-        peak_training = traffic.peak
+        peak_training = traffic and traffic.peak
     if images.is_cuda:
         peak = _measure_peak(make_run(model, images, "eager", conditions), images)
         if trains:

@@ -1,7 +1,10 @@
 import gc
 import gzip
 import json
+import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +67,25 @@ def test_val_goes_before_test(tmp_path):
 def test_classes_are_in_the_order_of_their_numbers(tmp_path):
     make_two_folders(tmp_path, ["10", "9", "2"])
     assert open_data(str(tmp_path)).classes == ("2", "9", "10")
+
+
+def test_classes_that_are_numbered_alike_have_one_order(tmp_path):
+    names = ["a1", "a01", "A1", "Cat", "cat", "1", "01"]
+    make_two_folders(tmp_path, names)
+    code = "import sys; from se_inject.datasets import open_data; print(*open_data(sys.argv[1]).classes)"
+    orders = {
+        subprocess.check_output([sys.executable, "-c", code, tmp_path], env={**os.environ, "PYTHONHASHSEED": seed})
+        for seed in ("0", "1", "2")
+    }
+    assert orders == {b"01 1 A1 a01 a1 Cat cat\n"}
+
+
+def test_classes_of_a_named_set_that_differ_are_refused(tmp_path):
+    make_folder(tmp_path / "train", ["bird", "cat", "dog"])
+    make_folder(tmp_path / "validation", ["automobile", "bird", "cat"])
+    match = "the split train and the split validation differ, only in the split train: dog; only in .*: automobile"
+    with pytest.raises(DataError, match=match):
+        open_data(f"torch/image_folder:{tmp_path}")
 
 
 def test_a_single_folder_is_split_class_by_class(tmp_path):

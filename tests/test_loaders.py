@@ -320,8 +320,21 @@ def test_sixteen_bits_are_scaled_to_eight():
     values = np.array([[0, 257, 32768, 65535]], np.uint16)
     found = np.asarray(convert_image(Image.fromarray(values), "RGB"))
     assert found[0, :, 1].tolist() == [0, 1, 128, 255]
-    few = np.array([[0, 7, 255]], np.int32)
-    assert np.asarray(convert_image(Image.fromarray(few), "L")).tolist() == [[0, 7, 255]]
+    dark = np.array([[0, 128, 255]], np.uint16)
+    assert np.asarray(convert_image(Image.fromarray(dark), "L")).tolist() == [[0, 0, 1]]
+
+
+def test_wide_types_are_scaled_by_what_they_hold():
+    for values, expected in (([0, 7, 255], [0, 7, 255]), ([0, 257, 65535], [0, 1, 255])):
+        assert np.asarray(convert_image(Image.fromarray(np.array([values], np.int32)), "L")).tolist() == [expected]
+    for values, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 7.4, 255], [0, 7, 255])):
+        assert np.asarray(convert_image(Image.fromarray(np.array([values], np.float32)), "L")).tolist() == [expected]
+
+
+def test_colours_are_jittered_beside_a_policy():
+    recipe = replace(RECIPE, color_jitter=0.4, auto_augment="rand-m9-mstd0.5")
+    names = [type(step).__name__ for step in make_train_transform(FORM, recipe).transforms]
+    assert {"ColorJitter", "RandAugment"} <= set(names)
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path):

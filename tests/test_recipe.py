@@ -86,6 +86,17 @@ def test_values_go_into_a_file_and_back():
     assert make_recipe(recipe.to_values()) == recipe
 
 
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("lr: 0.5\nepochs: 1\nlr: 0.001\n")
+    with pytest.raises(RecipeError, match="mine.yaml cannot be read: lr is given twice$"):
+        read_recipe(str(path))
+
+
+def test_an_optimizer_may_be_written_as_its_class():
+    assert read_recipe("short", ["optimizer=SGD"]).optimizer == "sgd"
+
+
 def test_an_optimizer_of_second_order_is_refused():
     with pytest.raises(RecipeError, match="optimizer is 'adahessian'; expected .* that takes first derivatives alone"):
         read_recipe("short", ["optimizer=adahessian"])

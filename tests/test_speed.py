@@ -93,6 +93,16 @@ def test_a_way_of_running_that_fails_is_said_in_the_row(monkeypatch, capsys):
     assert capsys.readouterr().out.count("no compiler here") == 2
 
 
+def test_a_network_that_cannot_train_on_one_image_is_measured_without(capsys):
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(8), nn.Flatten())
+    rows = compare_speed({"plain": network}, (1, 3, 8, 8), Conditions(rounds=1, compiled=False, training=True))
+    assert rows[0].bytes_moved > 0
+    assert rows[0].bytes_training is rows[0].peak_training is None
+    assert rows[0].failures["training"].startswith("Expected more than 1 value per channel")
+    print_speed(rows)
+    assert "Expected more than 1 value per channel" in capsys.readouterr().out
+
+
 def test_networks_of_one_class_are_compiled_one_by_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     networks = {name: nets.wrap(nets.Residual(16)) for name in ("plain", "second", "third")}

@@ -230,7 +230,8 @@ def _open_named(
 def _create(name: str, split: str, options: dict[str, Any], mode: str) -> Dataset[Any]:
     library, _, root = name.partition(":")
     if not library.lower().startswith("torch/"):
-        options = {**options, "input_img_mode": mode}
+        # Streams that give images as they are have them converted by us, as a folder has.
+        options = {**options, "input_img_mode": "" if library.lower().startswith(("wds/", "hfids/")) else mode}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # timm prints what is not installed
             images: Dataset[Any] = create_dataset(library, root=root or None, split=split, **options)

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from se_inject.contents import copy_stream, count_images
 from se_inject.datasets import Data
 from se_inject.errors import DataError, get_first_line
-from se_inject.formats import InputFormat, Transform, make_eval_transform, make_train_transform
+from se_inject.formats import InputFormat, Transform, convert_image, make_eval_transform, make_train_transform
 from se_inject.reading import NO_LABEL, Bad, BadImages, BadSamples, Images, Key, refuse_label, seed_all
 from se_inject.recipe import Recipe
 from se_inject.streams import Stream
@@ -147,7 +148,7 @@ class EvalLoader:
         self.is_stream = isinstance(images, IterableDataset)
         if isinstance(images, IterableDataset):
             self.bad = bad = BadSamples(max_bad)
-            images = _prepare_stream(images, transform, num_classes)
+            images = _prepare_stream(images, transform, form.mode, num_classes)
             loader = _load_stream(images, batch_size, workers, world, bad)
         else:
             self.bad = noted = BadImages(images, max_bad)
@@ -206,10 +207,15 @@ def _leave_signals(_: int) -> None:
         os.setpgid(0, 0)
 
 
-def _prepare_stream(images: IterableDataset[Any], transform: Transform, num_classes: int) -> Any:
+def _prepare_stream(images: IterableDataset[Any], transform: Transform, mode: str, num_classes: int) -> Any:
     stream = copy_stream(images)
-    stream.transform, stream.target_transform = transform, partial(_read_label, num_classes=num_classes)
+    stream.transform = partial(_transform, transform=transform, mode=mode)
+    stream.target_transform = partial(_read_label, num_classes=num_classes)
     return stream
+
+
+def _transform(image: Image.Image, transform: Transform, mode: str) -> Any:
+    return transform(convert_image(image, mode))
 
 
 def _open_stream(  # noqa: PLR0917  `partial` gives all but the last
@@ -217,7 +223,7 @@ def _open_stream(  # noqa: PLR0917  `partial` gives all but the last
     form: InputFormat, world: World, bad: BadSamples, epoch: int,
 ) -> Batches:  # fmt: skip
     """Open a training stream for an epoch, anew: one that was read goes on from where it is, if by this process."""
-    stream = _prepare_stream(images, transform, num_classes)
+    stream = _prepare_stream(images, transform, form.mode, num_classes)
     stream.set_epoch(epoch)
     return _prefetch(_load_stream(stream, batch_size, workers, world, bad), form, world)
 

@@ -578,6 +578,24 @@ def test_broken_images_of_a_stream_are_named_and_counted(tmp_path, workers, capf
 
 
 @stream
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_stream_gives_the_pixels_that_a_folder_gives(tmp_path, mode):
+    values = np.linspace(0, 2**16 - 1, 256).astype(np.uint16).reshape(16, 16)
+    make_shards(tmp_path / "shards", "train", [0, 1], [2])
+    make_shards(tmp_path / "shards", "validation", [0, 1], [2], make=lambda _: Image.fromarray(values))
+    make_two_folders(tmp_path / "folder")
+    for path in (tmp_path / "folder" / "val").rglob("*.png"):
+        Image.fromarray(values).save(path)
+    form = InputFormat((len(mode), 16, 16))
+    streamed, read = (
+        next(iter(load_eval(open_data(name, mode=mode), form=form)))[0][0]
+        for name in (f"wds/:{tmp_path / 'shards'}", str(tmp_path / "folder"))
+    )
+    assert torch.equal(streamed, read)
+    assert len(read.unique()) > 100
+
+
+@stream
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_tar_file_that_ends_early_is_named(shards, tmp_path, workers):
     path = tmp_path / "validation-00.tar"

@@ -51,8 +51,9 @@ class Recipe:
         momentum: Of optimizers that have one.
         weight_decay: Of everything but biases, norms and other vectors.
         clip: The gradient's norm is clipped to this; 0 is not at all.
-        batch_norm: "train" as usual; "frozen" keeps the statistics; "auto" is one of these, settled by the training
-            images before the first step (`calibrate`); "sync" computes them over all processes (CUDA).
+        batch_norm: "train" as usual; "frozen" keeps statistics, weights and biases; "auto" is one of these, settled
+            by the training images before the first step (`calibrate`); "sync" computes the statistics over all
+            processes (CUDA).
         ema: Decay of the moving average of the weights, which is what is evaluated and written; 0 is none. It is lower
             in the first steps (timm's warm-up).
         label_temperature: Outputs are divided by it before they are compared with labels; 0 fits it to the training

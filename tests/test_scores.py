@@ -18,8 +18,12 @@ WORLD = World(torch.device("cpu"))
 class Batches:
     """What `evaluate` needs of a loader: images whose first numbers are the scores that the network gives."""
 
-    bad = None
     batch_size = 2
+    is_stream = False
+
+    class bad:  # noqa: N801
+        share = staticmethod(lambda world: None)
+        check = staticmethod(lambda: None)
 
     def __init__(self, scores, labels, batch_size=2):
         self.scores, self.labels, self.batch_size = torch.tensor(scores).float(), torch.tensor(labels), batch_size
@@ -29,19 +33,17 @@ class Batches:
         return iter(zip(self.scores.split(self.batch_size), self.labels.split(self.batch_size), strict=True))
 
 
-class Noted(Batches):
-    """A loader that is no stream."""
+class Stream(Batches):
+    """A loader whose order is not fixed."""
 
-    class bad:  # noqa: N801
-        share = staticmethod(lambda world: None)
-        check = staticmethod(lambda: None)
+    is_stream = True
 
 
 def make_scores(answers, num_classes):
     return torch.nn.functional.one_hot(torch.tensor(answers), num_classes).tolist()
 
 
-def count(scores, labels, num_classes, loader=Noted, **options):
+def count(scores, labels, num_classes, loader=Batches, **options):
     return evaluate(nn.Identity(), loader(scores, labels), WORLD, num_classes=num_classes, **options)
 
 
@@ -91,7 +93,7 @@ def test_no_images_at_all_are_no_error():
 
 
 def test_a_stream_has_no_hits():
-    assert count(make_scores([0, 1], 2), [0, 0], 2, loader=Batches).hits is None
+    assert count(make_scores([0, 1], 2), [0, 0], 2, loader=Stream).hits is None
 
 
 def test_a_teacher_gives_the_labels_of_what_could_be_read():
@@ -109,7 +111,7 @@ def test_the_network_is_in_eval_mode_for_the_time():
             return x
 
     modes, model = [], Looks()
-    evaluate(model, Noted(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
+    evaluate(model, Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
     assert modes == [(False, False)]
     assert model.training
 
@@ -131,7 +133,7 @@ def test_labels_beyond_the_outputs_are_an_error():
 ])  # fmt: skip
 def test_what_is_no_classifier_is_refused(model, match):
     with pytest.raises(DataError, match=match):
-        evaluate(model, Noted(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
+        evaluate(model, Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
 
 
 def test_several_answers_are_no_scores():
@@ -140,7 +142,7 @@ def test_several_answers_are_no_scores():
             return x, x
 
     with pytest.raises(DataError, match="the network gives tuple; expected scores"):
-        evaluate(Pair(), Noted(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
+        evaluate(Pair(), Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
 
 
 # On images
@@ -220,7 +222,7 @@ ERRORS = [
 def test_out_of_memory_in_evaluation_says_which_batch_size_to_try(error):
     match = r"^out of memory with batch-size 2; try --batch-size 1$"
     with pytest.raises(OptionError, match=match):
-        evaluate(Hungry(error), Noted(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
+        evaluate(Hungry(error), Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2)
 
 
 def test_out_of_memory_in_training_says_which_batch_size_to_try():
@@ -229,7 +231,7 @@ def test_out_of_memory_in_training_says_which_batch_size_to_try():
         raise ERRORS[0]
     with pytest.raises(OptionError, match=match):  # validation between epochs
         evaluate(
-            Hungry(ERRORS[0]), Noted(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2,
+            Hungry(ERRORS[0]), Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2,
             memory=quote_memory("batch_size", 64),
         )  # fmt: skip
 

@@ -200,7 +200,7 @@ def _count(model: nn.Module, images: Tensor, conditions: Conditions, *, trains: 
         peak_training = traffic and traffic.peak
     if images.is_cuda:
         peak = _measure_peak(make_run(model, images, "eager", conditions), images)
-        if trains:
+        if traffic is not None:
             peak_training = _measure_peak(make_run(model, images, "training", conditions), images)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),

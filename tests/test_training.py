@@ -125,8 +125,8 @@ def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
     assert groups["fresh"] == SMALL.head_lr
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_an_optimizer_that_cannot_be_made_here_is_one_line(digits):
+def test_an_optimizer_that_cannot_be_made_here_is_one_line(digits, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     recipe = replace(SMALL, optimizer="fusedadam")
     with pytest.raises(OptionError, match=r"^the optimizer fusedadam cannot be made here: CUDA required for APEX"):
         make_optimizer(make_job(digits, recipe).model, recipe, "all")
@@ -373,7 +373,7 @@ def test_without_labels_the_teachers_answers_are_the_labels(digits, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_norm", ["train", "frozen"])  # by rounding, "auto" is either on these images
+@pytest.mark.parametrize("batch_norm", ["auto", "train", "frozen"])  # by rounding, "auto" is either of the others
 def test_the_short_recipe_reaches_at_least_the_control(tmp_path, batch_norm):
     digits = open_data(str(write_digits(tmp_path / "digits")), mode="L")
     plain = replace(SMALL, epochs=1, lr=0.05)
@@ -381,15 +381,18 @@ def test_the_short_recipe_reaches_at_least_the_control(tmp_path, batch_norm):
     trained = run(make_job(digits, plain, DigitNet()), tmp_path / "plain").model
     injected = inject(trained, r=4, example=torch.zeros(2, 1, 8, 8))
     fixed = ["epochs=1", "batch_size=16", "crop=none", "hflip=0", "workers=0", f"batch_norm={batch_norm}"]
+    ahead = 0.0
     for seed in range(3):
         recipe = read_recipe("short", [*fixed, f"seed={seed}"])
         ours, theirs = (
             run(make_job(digits, recipe, copy.deepcopy(model)), tmp_path / f"{name}{seed}").scores
             for name, model in (("se", injected), ("control", eject(injected)))
         )
-        # Top-1 is that of 450 images, of which both have 442 or so: two more or less are chance. The loss is not.
         assert ours.loss < theirs.loss
         assert ours.top1 > 97
+        ahead += ours.top1 - theirs.top1
+    # To one image of 1,347, which is as much as the processor's rounding decides.
+    assert ahead > -0.23 or batch_norm != "auto"
 
 
 def test_steps_can_be_compiled(digits, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ from se_inject.world import World
 
 _TOP = 5
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_NO_STATISTICS = "expected more than 1 value per channel"
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def evaluate(
     temperature: float = 1.0,
     compute: Callable[[], Any] | None = None,
     on_batch: Callable[[Tensor], None] = lambda _: None,
-    memory: AbstractContextManager[None] | None = None,
+    quoting: AbstractContextManager[None] | None = None,
 ) -> Scores:
     """Classify the images of a set, each once.
 
@@ -103,7 +104,7 @@ def evaluate(
         temperature: Outputs are divided by it in the loss.
         compute: Makes the context in which the network runs, such as autocast.
         on_batch: Is called with the labels (N,) of each batch that is done; they are negative where there are none.
-        memory: Says which option sets the batch size; by default it is --batch-size.
+        quoting: Says which option sets the batch size; by default it is --batch-size.
 
     Raises:
         DataError: Labels are beyond the outputs, or more images than allowed cannot be read.
@@ -113,7 +114,7 @@ def evaluate(
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # loss, top-5
     hits = None if loader.is_stream else torch.full((loader.num_images,), 0, dtype=torch.int64, device=world.device)
     place = world.rank
-    with set_training(model, False), torch.no_grad(), memory or quote_memory("--batch-size", loader.batch_size):
+    with set_training(model, False), torch.no_grad(), quoting or quote_batch_size("--batch-size", loader.batch_size):
         for images, labels in loader:
             with compute() if compute else torch.no_grad():
                 outputs = _check_outputs(model(images), num_classes)
@@ -154,26 +155,35 @@ def _check_outputs(outputs: object, num_classes: int) -> Tensor:
 
 
 @contextmanager
-def quote_memory(option: str, batch_size: int) -> Iterator[None]:
-    """Turn running out of memory into one line that says which batch size to try.
+def quote_batch_size(option: str, batch_size: int) -> Iterator[None]:
+    """Turn a batch that is too large for memory, or too small for batch norms, into one line with what to try.
 
     Args:
         option: What sets it: an option as in "--batch-size", or else a key of the recipe, as in "batch_size".
         batch_size: What it is now.
 
     Raises:
-        OptionError: Memory ran out.
+        OptionError: Memory ran out, or a batch norm that is trained got one value a channel.
     """
+    name = option.removeprefix("--")
+
+    def write(size: int) -> str:
+        return f"{option} {size}" if option.startswith("--") else f"--set {name}={size}"
+
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        name, half = option.removeprefix("--"), batch_size // 2
-        setting = f"{option} {half}" if option.startswith("--") else f"--set {name}={half}"
-        if not half:
-            setting = "a smaller --input-size"
+        setting = write(batch_size // 2) if batch_size > 1 else "a smaller --input-size"
         raise OptionError(f"out of memory with {name} {batch_size}; try {setting}") from error
+    except ValueError as error:
+        if not str(error).lower().startswith(_NO_STATISTICS):
+            raise
+        raise OptionError(
+            f"with {name} {batch_size} a batch norm gets one value a channel, of which it cannot take statistics; try "
+            f"{write(2 * batch_size)}, --set batch_norm=frozen or a larger --input-size"
+        ) from error
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -33,7 +33,7 @@ from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
-from se_inject.scores import Scores, evaluate, quote_memory
+from se_inject.scores import Scores, evaluate, quote_batch_size
 from se_inject.signals import Signals
 from se_inject.stages import Stage, list_stages, set_learning
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task
@@ -158,7 +158,7 @@ class _Run:
         if found is not None:
             self._restore(found)
         else:
-            with quote_memory("batch_size", self.recipe.batch_size):
+            with quote_batch_size("batch_size", self.recipe.batch_size):
                 self.recipe, self.dependence = calibrate(
                     self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
                 )
@@ -191,7 +191,7 @@ class _Run:
         while self.step < stage.last:
             epoch, first = divmod(self.step, job.train.num_steps)
             is_asked = False
-            with quote_memory("batch_size", recipe.batch_size):
+            with quote_batch_size("batch_size", recipe.batch_size):
                 for images, labels in job.train.iterate(epoch, first):
                     self.model.train()
                     if is_frozen:
@@ -297,7 +297,7 @@ class _Run:
             self._get_result(), job.val, job.world, num_classes=job.num_classes, classes=job.classes,
             teacher=None if job.is_labelled else job.teacher, temperature=self.recipe.label_temperature,
             compute=self._compute, on_batch=lambda labels: self.log.advance_validation(len(labels)),
-            memory=quote_memory("batch_size", self.recipe.batch_size),
+            quoting=quote_batch_size("batch_size", self.recipe.batch_size),
         )  # fmt: skip
         if self.step and not math.isfinite(scores.loss):  # what is on disk is from before
             raise self._refuse(f"the validation's loss is no finite number after step {self.step}")

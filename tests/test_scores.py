@@ -8,7 +8,7 @@ from se_inject.datasets import open_data
 from se_inject.errors import DataError, OptionError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader
-from se_inject.scores import Scores, evaluate, quote_memory
+from se_inject.scores import Scores, evaluate, quote_batch_size
 from se_inject.world import World, join_world
 from tests.images_on_disk import make_folder, make_two_folders
 
@@ -227,25 +227,36 @@ def test_out_of_memory_in_evaluation_says_which_batch_size_to_try(error):
 
 def test_out_of_memory_in_training_says_which_batch_size_to_try():
     match = r"^out of memory with batch_size 64; try --set batch_size=32$"
-    with pytest.raises(OptionError, match=match), quote_memory("batch_size", 64):
+    with pytest.raises(OptionError, match=match), quote_batch_size("batch_size", 64):
         raise ERRORS[0]
     with pytest.raises(OptionError, match=match):  # validation between epochs
         evaluate(
             Hungry(ERRORS[0]), Batches(make_scores([0, 1], 2), [0, 1]), WORLD, num_classes=2,
-            memory=quote_memory("batch_size", 64),
+            quoting=quote_batch_size("batch_size", 64),
         )  # fmt: skip
 
 
 def test_one_image_that_does_not_fit_needs_a_smaller_size():
-    with pytest.raises(OptionError, match="batch_size 1; try a smaller --input-size"), quote_memory("batch_size", 1):
+    with (
+        pytest.raises(OptionError, match="batch_size 1; try a smaller --input-size"),
+        quote_batch_size("batch_size", 1),
+    ):
         raise ERRORS[0]
 
 
+def test_a_batch_too_small_for_batch_norm_says_what_to_try():
+    norm = torch.nn.BatchNorm2d(4)
+    match = r"^with batch_size 1 a batch norm gets one value .*--set batch_size=2, --set batch_norm=frozen or a larger"
+    with pytest.raises(OptionError, match=match), quote_batch_size("batch_size", 1):
+        norm(torch.zeros(1, 4, 1, 1))
+
+
 @pytest.mark.parametrize(
-    "error", [RuntimeError("shapes differ"), DataError("out of memory"), KeyError("out of memory")]
+    "error",
+    [RuntimeError("shapes differ"), ValueError("shapes differ"), DataError("out of memory"), KeyError("out of memory")],
 )
 def test_other_errors_are_left_as_they_are(error):
-    with pytest.raises(type(error)) as caught, quote_memory("batch_size", 64):
+    with pytest.raises(type(error)) as caught, quote_batch_size("batch_size", 64):
         raise error
     assert caught.value is error
 

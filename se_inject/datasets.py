@@ -123,7 +123,7 @@ def open_data(
     if not root.is_dir():
         known = ", ".join(prefix + "..." for prefix in _PREFIXES)
         raise DataError(f"there is no folder {name}; expected a folder of images, or a name of timm's: {known}")
-    train, val = _find_part(root, TRAIN), _find_part(root, VAL)
+    train, val = _find_parts(root)
     if (train is None) != (val is None) and not (is_evaluation and val is not None):
         found, other = (train, VAL[0]) if train is not None else (val, TRAIN[0])
         assert found is not None
@@ -145,10 +145,17 @@ def open_data(
     return _check(Data(images, other_images, list_classes(other_images), count_classes(other_images), name))
 
 
-def _find_part(root: Path, names: Sequence[str]) -> Path | None:
-    """Find the folder of training or validation images, written as its owner likes."""
+def _find_parts(root: Path) -> tuple[Path | None, Path | None]:
+    """Find the folders of training and validation images, written as their owner likes."""
     folders = {f.name.lower(): f for f in sorted(root.iterdir(), reverse=True) if f.is_dir()}
-    return next((folders[name] for name in names if name in folders), None)
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
+    return (None if train is not None and val is None and _is_class(train) else train), val
+
+
+def _is_class(folder: Path) -> bool:
+    """Tell whether a folder is one of several classes: trains beside cars, not training images."""
+    others = [f for f in folder.parent.iterdir() if f.is_dir() and f != folder and not f.name.startswith(".")]
+    return bool(others) and not any(f.is_dir() for f in folder.iterdir())
 
 
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:

@@ -2,7 +2,8 @@
 
 `follow_norms` runs a twin once and follows what each convolution makes; `fold_norms` changes a model. A fold is found
 where that run shows it: the convolution runs once, and one batch norm alone reads what it makes. How the code is
-written does not matter. Another course of the same network is not seen.
+written does not matter. Another course of the same network is not seen; where a batch norm did not run there is one, and
+the convolutions that it may follow are left alone.
 """
 
 from __future__ import annotations
@@ -74,12 +75,31 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         watch.note_reader(x, None)
     watch.note_use(tree_leaves(outputs))
     folds = []
+    rivalled = _find_rivalled(model, watch.num_uses)
     for path, readers in watch.readers.items():
         [norm] = readers if len(readers) == 1 else [None]
         is_only = norm is not None and watch.num_uses[path] == watch.num_uses[norm] == 1
-        if norm is not None and is_only and _can_fold(model, path, norm):
+        if norm is not None and is_only and path not in rivalled and _can_fold(model, path, norm):
             folds.append(Fold(path, norm, not _find_extras(model.get_submodule(norm))))
     return Course(tuple(folds), watch.num_uses)
+
+
+def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
+    """Find the convolutions that another course may hand to a batch norm that did not run, as one norm a domain has it.
+
+    They are those of as many channels in the innermost module around the norm that has convolutions.
+    """
+    convolutions = {path: module for path, module in model.named_modules() if isinstance(module, _ConvNd)}
+    found: set[str] = set()
+    for path, norm in model.named_modules():
+        if not isinstance(norm, _BatchNorm) or num_uses[path] or not norm.state_dict():  # unseen without tensors
+            continue
+        around, near = path, set[str]()
+        while around and not near:
+            around = around.rpartition(".")[0]
+            near = {other for other in convolutions if other.startswith(f"{around}." if around else "")}
+        found |= {other for other in near if convolutions[other].out_channels == norm.num_features}
+    return found
 
 
 @contextmanager

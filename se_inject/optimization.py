@@ -47,8 +47,9 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
     convolution, an activation in between, a joint concatenation), the others are done. The network is of the same class
     and is called as before; it is in eval mode, has no gradients and is not to be trained.
 
-    What can be folded is seen on the example, and in timm's `forward_intermediates`. Where the network takes another
-    course (with other arguments, by the image size, by the data), its outputs are not those of the original.
+    What can be folded is seen on the example, and in timm's `forward_intermediates`. Convolutions beside a batch norm
+    that did not run (of another domain, say) stay as they are. Where the network takes another course through layers
+    that ran (with other arguments, by the image size, by the data), its outputs are not those of the original.
 
     Args:
         model: From `inject` or `load`, or any other network. It is not changed.

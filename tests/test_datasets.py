@@ -311,6 +311,12 @@ def test_many_names_are_shortened(tmp_path):
         open_data(str(tmp_path))
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    make_folder(tmp_path, ["car", "plane", "train"], num=5)
+    assert open_data(str(tmp_path)).classes == ("car", "plane", "train")
+    assert open_data(str(tmp_path), is_evaluation=True).num_classes == 3
+
+
 def test_one_half_alone_is_refused(tmp_path):
     make_folder(tmp_path / "a" / "train")
     make_folder(tmp_path / "b" / "test")

@@ -63,11 +63,11 @@ def train_a_little(model):
     return model.eval()
 
 
-def assert_equal_to_double(model, optimized, x):
+def assert_equal_to_double(model, optimized, x, *args):
     """To 1e-5 of the largest output, which is the promise; or to three times what the network itself is off."""
     with torch.no_grad():
-        expected = copy.deepcopy(model).double()(x.double())
-        found, own = optimized(x), model(x)
+        expected = copy.deepcopy(model).double()(x.double(), *args)
+        found, own = optimized(x, *args), model(x, *args)
     assert found.dtype == x.dtype
     limit = max(1e-5 * expected.abs().max(), 3 * (own - expected).abs().max())
     assert (found - expected).abs().max() < limit
@@ -260,6 +260,29 @@ def test_a_norm_stays_where_timm_reads_the_map_before_it(x):
         expected = model.double().forward_intermediates(x.double(), intermediates_only=True)
         for found, right in zip(optimized.forward_intermediates(x, intermediates_only=True), expected, strict=True):
             torch.testing.assert_close(found.double(), right, rtol=1e-4, atol=1e-5)
+
+
+class Domains(nn.Module):
+    """Layers with batch norms for each domain (Chang et al., arXiv 1906.03950), and one for all."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 8, 1), nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+
+    def forward(self, x, domain=0):
+        return self.bn2[domain](self.conv2(self.bn1(self.conv1(x)).relu()))
+
+
+def test_norms_of_domains_that_did_not_run_keep_the_convolution_before_them():
+    torch.manual_seed(0)
+    model, x = Domains(), torch.randn(2, 3, 6, 6)
+    for domain in (0, 1):  # statistics of their own
+        model.train()(torch.randn(4, 3, 6, 6) * (domain + 2), domain)
+    optimized = optimize(model.eval(), x)
+    assert type(optimized.bn1) is nn.Identity
+    assert_equal_to_double(model, optimized, x)
+    assert_equal_to_double(model, optimized, x, 1)
 
 
 def test_transposed_and_grouped_convolutions_and_norms_with_activations_are_folded():

@@ -2,8 +2,8 @@
 
 `follow_norms` runs a twin once and follows what each convolution makes; `fold_norms` changes a model. A fold is found
 where that run shows it: the convolution runs once, and one batch norm alone reads what it makes. How the code is
-written does not matter. Another course of the same network is not seen; where a batch norm did not run there is one, and
-the convolutions that it may follow are left alone.
+written does not matter. Another course of the same network is not seen; where a batch norm did not run there is one,
+and the convolutions that it may follow are left alone.
 """
 
 from __future__ import annotations

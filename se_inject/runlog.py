@@ -182,7 +182,10 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
         steps = [(line["epoch"], line["loss"]) for line in lines if "loss" in line]
         scores = [(line["epoch"], line["val_loss"], line["top1"]) for line in lines if "top1" in line]
         if steps:
-            (drawn,) = left.plot(*zip(*steps, strict=True), linewidth=0.8, alpha=0.6, label=f"{name}, training")
+            marker = "." if len(steps) == 1 else None  # a line of one point is not seen
+            (drawn,) = left.plot(
+                *zip(*steps, strict=True), linewidth=0.8, alpha=0.6, marker=marker, label=f"{name}, training"
+            )
             colour = drawn.get_color()
         else:
             colour = None

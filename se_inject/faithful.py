@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+import itertools
 import operator
 import random
 from collections import OrderedDict, deque
@@ -27,6 +28,7 @@ from se_inject.operations import is_map
 CONSTANT = "_tensor_constant"
 """What torch.fx calls the tensors that code makes while it runs."""
 SHAPE_READS = frozenset({"shape", "size"})
+_LISTINGS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 _FIXED_METHODS = frozenset({"dim", "ndimension", "is_floating_point"})
 
 
@@ -104,6 +106,21 @@ def reads_mode(conditions: Iterable[fx.Node]) -> bool:
 
 def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
     """Find code that asks for a mode in a way that a proxy cannot answer: `is True`, or a child's flag."""
+    asks = any(map(_asks_oddly, _walk_functions(type(owner), method)))
+    return "its code asks for a mode other than by a plain `self.training`" if asks else ""
+
+
+def lists_children(kind: type[nn.Module], name: str) -> bool:
+    """Tell whether a method of a class goes through the children, whatever they are, and would run one more."""
+    if issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return True
+    functions = _walk_functions(kind, getattr(kind, name))
+    own = (function for function in functions if getattr(kind, function.__name__, None) is function)
+    return any(_LISTINGS.intersection(_list_own_reads(function)) for function in own)
+
+
+def _walk_functions(kind: type, method: Callable[..., Any]) -> Iterator[FunctionType]:
+    """Go through a method's function and those that it names, of its class and its file, without torch's."""
     seen: set[FunctionType] = set()
     waiting = [inspect.unwrap(getattr(method, "__func__", method))]
     while waiting:
@@ -111,12 +128,10 @@ def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
         if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith("torch."):
             continue
         seen.add(function)
-        if _asks_oddly(function):
-            return "its code asks for a mode other than by a plain `self.training`"
+        yield function
         for name in function.__code__.co_names:
-            found = inspect.getattr_static(type(owner), name, None) or function.__globals__.get(name)
+            found = inspect.getattr_static(kind, name, None) or function.__globals__.get(name)
             waiting.append(inspect.unwrap(found) if isinstance(found, FunctionType) else found)
-    return ""
 
 
 def find_odd_containers(value: object) -> Iterator[str]:
@@ -135,13 +150,24 @@ def _asks_oddly(function: FunctionType) -> bool:
     instructions = list(dis.get_instructions(function))
     for i, instruction in enumerate(instructions):
         if instruction.argval == "training" and instruction.opname.startswith("LOAD_ATTR"):
-            first = function.__code__.co_varnames[:1]
-            before = instructions[i - 1].argval
-            asked = before if isinstance(before, str) else (before or ("",))[-1]
             compared = any(later.opname in ("IS_OP", "COMPARE_OP") for later in instructions[i + 1 : i + 3])
-            if (asked,) != first or compared:
+            if not _reads_first(function, instructions[i - 1]) or compared:
                 return True
     return False
+
+
+def _list_own_reads(function: FunctionType) -> Iterator[str]:
+    """List what a method reads of its first argument, as `children` in `self.children()`."""
+    for before, instruction in itertools.pairwise(dis.get_instructions(function)):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and _reads_first(function, before):
+            yield str(instruction.argval)
+
+
+def _reads_first(function: FunctionType, instruction: dis.Instruction) -> bool:
+    """Tell whether an instruction loads the first argument, alone or after another variable."""
+    name = instruction.argval
+    asked = name if isinstance(name, str) else name[-1] if isinstance(name, tuple) and name else ""
+    return (asked,) == function.__code__.co_varnames[:1]
 
 
 def _follows_from_input(node: fx.Node) -> bool:

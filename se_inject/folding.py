@@ -8,6 +8,7 @@ and the convolutions that it may follow are left alone.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -87,9 +88,9 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
 def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
     """Find the convolutions that another course may hand to a batch norm that did not run, as one norm a domain has it.
 
-    They are those of as many channels in the innermost module around the norm that has convolutions.
+    They are those of as many channels in the innermost module around the norm that has any: its own, or else all in it.
     """
-    convolutions = {path: module for path, module in model.named_modules() if isinstance(module, _ConvNd)}
+    channels = {path: module.out_channels for path, module in model.named_modules() if isinstance(module, _ConvNd)}
     found: set[str] = set()
     for path, norm in model.named_modules():
         if not isinstance(norm, _BatchNorm) or num_uses[path] or not norm.state_dict():  # unseen without tensors
@@ -97,8 +98,9 @@ def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
         around, near = path, set[str]()
         while around and not near:
             around = around.rpartition(".")[0]
-            near = {other for other in convolutions if other.startswith(f"{around}." if around else "")}
-        found |= {other for other in near if convolutions[other].out_channels == norm.num_features}
+            near = {other for other in channels if other.startswith(f"{around}." if around else "")}
+        near = {other for other in near if channels[other] == norm.num_features}
+        found |= {other for other in near if other.rpartition(".")[0] == around} or near
     return found
 
 
@@ -153,8 +155,9 @@ def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Tell whether somebody looks at what a module is handed or gives."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001  there is no public way
+    """Tell whether somebody looks at what a module is handed or gives, by a hook or by a forward of the instance."""
+    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001  there is no public way
+    return bool(hooks) or "forward" in vars(module)
 
 
 def _can_fold(model: nn.Module, path: str, norm_path: str) -> bool:
@@ -176,7 +179,15 @@ def _make_rest(norm: nn.Module) -> nn.Module:
     extras = _find_extras(norm) or ()
     if len(extras) == 1:
         return extras[0]
-    return (nn.Sequential(*extras) if extras else nn.Identity()).train(norm.training)
+    return nn.Sequential(*extras).train(norm.training) if extras else make_identity(norm)
+
+
+def make_identity(layer: nn.Module) -> nn.Identity:
+    """Make what stands for a convolution or a norm that others run now; its channels, stride and so on can be read."""
+    identity = nn.Identity().train(layer.training)
+    constants = cast("list[str]", layer.__constants__)
+    vars(identity).update((key, value) for key, value in vars(layer).items() if key in constants)
+    return identity
 
 
 @dataclass
@@ -198,6 +209,7 @@ class _Watch(TorchFunctionMode):
         self._weights: dict[int, tuple[str, _ConvNd]] = {}
         self._means: dict[int, tuple[str, _BatchNorm]] = {}
         self._owners: dict[int, set[str]] = {}
+        self._paths = {id(module): path for path, module in model.named_modules()}
         for path, module in model.named_modules():
             is_odd = isinstance(module, _ConvTransposeNd) and module.groups > 1  # torch's fusion cannot
             if isinstance(module, _ConvNd) and module._parameters.get("weight") is not None and not is_odd:
@@ -216,7 +228,8 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if result is not None and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
-            return result  # a question: a shape, a type
+            self._note_question(leaves)
+            return result
         norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
         for i, x in enumerate(leaves):
             self.note_reader(x, norm if i == 0 else None)
@@ -231,6 +244,16 @@ class _Watch(TorchFunctionMode):
     def note_use(self, leaves: Iterable[object]) -> None:
         """Note that something else than a layer itself uses the layer's tensors, which then have to stay."""
         self.num_uses.update({path for x in leaves for path in self._owners.get(id(x), ())})
+
+    def _note_question(self, leaves: Iterable[Tensor]) -> None:
+        """Note that something else than the layer itself asks for a shape or a type: `x.to(self.bn.weight.dtype)`."""
+        if not any(id(x) in self._owners for x in leaves):
+            return
+        frame = inspect.currentframe()
+        while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
+            frame = frame.f_back
+        asking = self._paths.get(id(frame.f_locals["self"])) if frame is not None else None
+        self.note_use(x for x in leaves if asking not in self._owners.get(id(x), ()))
 
     def note_reader(self, x: object, norm: str | None) -> None:
         """Note that something reads a tensor: a batch norm, or anything else."""

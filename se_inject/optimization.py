@@ -22,7 +22,7 @@ from se_inject.codegen import Method, write_method
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.folding import Course, add_biases, fold_norms, follow_norms
+from se_inject.folding import Course, add_biases, fold_norms, follow_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class
@@ -114,11 +114,13 @@ def find_optimization(model: nn.Module) -> object:
 @alone()
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
     plan = find_plan(model)
+    twin.model.requires_grad_(False)
     target = copy_model(model).eval().requires_grad_(False)
     run = functools.partial(_follow, target, twin)
     call, course = find_running(target, calls, run, hint="give an input of the shape that it is used on")
-    add_biases(target, course.folds)
-    surgeries = [] if plan is None else _prepare(target, plan, course)
+    for network in (target, twin.model):
+        add_biases(network, course.folds)
+    surgeries = [] if plan is None else _prepare(twin, plan, course)
     fold_norms(target, course.folds)
     for surgery in surgeries:
         surgery.perform(target, kernels=kernels)
@@ -158,7 +160,7 @@ def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
     )
     owner.set_submodule(fusion.block, mark_block(fused))
     if fusion.convolution:
-        owner.set_submodule(fusion.convolution, nn.Identity().eval())
+        owner.set_submodule(fusion.convolution, make_identity(owner.get_submodule(fusion.convolution)))
 
 
 def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
@@ -179,9 +181,8 @@ def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:
     return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
-def _prepare(model: nn.Module, plan: Plan, course: Course) -> list[_Surgery]:
+def _prepare(twin: Twin, plan: Plan, course: Course) -> list[_Surgery]:
     """Do all that can fail: edit the graphs and write the code. Owners that cannot be followed are left as they are."""
-    twin = make_twin(model)
     surgeries: dict[str, _Surgery] = {}
     for entry, sites in plan.iterate_entries():
         prefix = f"{entry.path}." if entry.path else ""
@@ -205,7 +206,7 @@ def _prepare(model: nn.Module, plan: Plan, course: Course) -> list[_Surgery]:
             surgery.methods[entry.method] = method
     for surgery in surgeries.values():
         if surgery.methods:
-            base = type(model.get_submodule(surgery.path))
+            base = type(twin.model.get_submodule(surgery.path))
             notes = [str(fusion) for fusion in surgery.fusions]
             surgery.cls = derive_class(base, notes, surgery.methods, prefix="Fast", purpose="for evaluation")
     return list(surgeries.values())

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError, get_first_line
 from se_inject.examples import describe_shapes, fake_example, propose_examples
-from se_inject.faithful import kept_random_state
+from se_inject.faithful import kept_random_state, lists_children
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
 from se_inject.twin import Twin, check_model, get_device, make_twin, quiet, set_training
@@ -191,12 +191,6 @@ class _Frame:
     num_layers: int = 0
 
 
-def _count_input(module: nn.Module, args: tuple[Any, ...]) -> int:
-    is_list = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))  # it would run a block as a layer
-    is_worked_on = args and is_map(args[0]) and find_channel_dim(args[0]) is not None
-    return count_positions(args[0]) if is_worked_on and not is_list else 0
-
-
 class _Recorder:
     """Hooks on a twin that note each call, with the entry that is being executed on top of a stack."""
 
@@ -204,6 +198,7 @@ class _Recorder:
         self._visits = visits
         self.layers: list[LayerVisit] = []
         self._stack: list[_Frame] = []
+        self._listing: dict[tuple[type, str], bool] = {}
         self._undo: list[Callable[[], object]] = []
 
     def attach(self, model: nn.Module) -> None:
@@ -233,9 +228,17 @@ class _Recorder:
             frame.num_layers += 1
 
     def _enter(self, entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._stack.append(_Frame(entry, _count_input(module, args)))
+        self._stack.append(_Frame(entry, self._count_input(entry, module, args)))
         call = Call(*tree_map(lambda x: x, (args, kwargs)))  # containers are copied: a network may change them
         self._visits.setdefault(entry, Visit()).calls.append(call)
+
+    def _count_input(self, entry: Entry, module: nn.Module, args: tuple[Any, ...]) -> int:
+        if not (args and is_map(args[0]) and find_channel_dim(args[0]) is not None):
+            return 0
+        key = type(module), entry.method
+        if key not in self._listing:
+            self._listing[key] = lists_children(*key)  # it would run a block as a layer
+        return 0 if self._listing[key] else count_positions(args[0])
 
     def _enter_module(self, entry: Entry, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(entry, module, args, kwargs)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from se_inject.codegen import Method, write_parameters
 from se_inject.errors import TraceError
+from se_inject.faithful import lists_children
 from se_inject.functions import ADDITIONS, CONCATENATIONS
 from se_inject.hazards import get_ancestors, get_descendants
 from se_inject.operations import is_map
@@ -83,6 +84,8 @@ def splice_method(owner: nn.Module, trace: Trace, blocks: Sequence[tuple[str, Pl
         TraceError: The source is not to be had, or the merge is written in a way that has no room for a block.
     """
     function = _get_function(owner, trace)
+    if lists_children(type(owner), trace.entry.method):
+        raise TraceError(trace.doubt)
     tree = _parse(function, trace.doubt)
     splices = [(name, _find_splice(trace, place)) for name, place in blocks]
     found = [(name, splice, _find_expression(tree, splice, trace.doubt)) for name, splice in splices]

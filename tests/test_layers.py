@@ -69,6 +69,19 @@ class Hourglass(nn.Module):
         return self.convs[3](x)
 
 
+class InTurn(nn.Module):
+    """Runs its children in turn, as timm's RegStage does."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.conv = nets.conv(8, 8, stride=2), nets.conv(8, 8)
+
+    def forward(self, x):
+        for child in self.children():
+            x = child(x)
+        return x
+
+
 # network, kind, paths of the blocks, shape
 CASES = {
     "vgg11_bn": (
@@ -86,6 +99,12 @@ CASES = {
     "mobilenet_v1": (build_mobilenet_v1, "depthwise", ["6.se", "12.se"], (2, 3, 32, 32)),
     "functional": (Functional, "stage", ["se", "se2"], (2, 3, 32, 32)),
     "audio": (Audio, "stage", ["2.se", "4.se"], (2, 1, 256)),
+    "in_turn": (
+        lambda: nn.Sequential(nets.conv(3, 8), InTurn(), InTurn()),
+        "stage",
+        ["1.down.se", "2.down.se"],
+        (2, 3, 32, 32),
+    ),
     "hourglass": (Hourglass, "stage", ["se", "se2"], (2, 3, 32, 32)),
     "repvgg": (
         lambda: timm.create_model("repvgg_a0", num_classes=4),
@@ -116,6 +135,16 @@ def test_a_network_without_merges_gets_blocks_by_itself_and_the_plan_says_so(nam
     assert_same_network(model, load(tmp_path / "model.pt", base=model), x)
     again = inject(model, plan=Plan.from_json(plan.to_json()))
     assert_same_network(model, again, x)
+
+
+@pytest.mark.parametrize("name", ["in_turn", "regnetx_002"])
+def test_no_block_runs_as_a_child_of_its_owner_once_more(name):
+    model = CASES[name][0]() if name in CASES else timm.create_model(name, num_classes=4)
+    injected, seen = inject(model, at=["stage"], example=torch.zeros(2, 3, 32, 32)), []
+    for path, block in blocks(injected).items():
+        block.register_forward_pre_hook(lambda *_, path=path: seen.append(path))
+    injected.eval()(torch.zeros(2, 3, 32, 32))
+    assert sorted(seen) == sorted(blocks(injected))
 
 
 def test_a_layer_that_is_gated_keeps_its_class_its_place_and_its_neighbours():

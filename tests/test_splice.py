@@ -224,3 +224,15 @@ def test_a_reason_that_a_doubt_hid_is_told():
 
     plan = make_plan(nn.Sequential(nets.conv(3, 16), Peers(), nets.Residual()))
     assert [item.reason for item in plan.passed_over] == ["neither operand is a shortcut of the other"]
+
+
+def test_no_block_is_spliced_where_the_code_goes_through_its_children():
+    class InTurn(Sized):
+        def forward(self, x):
+            x = self.prepare(x)
+            for child in self.children():
+                x = x + child(x)
+            return x
+
+    plan = make_plan(nn.Sequential(nets.conv(3, 16), InTurn(), nets.Residual()))
+    assert [site.owner for site in plan.sites] == ["2"]

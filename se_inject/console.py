@@ -40,8 +40,8 @@ _NUM_CLASSES = 20
 """Classes that are shown to a person."""
 # A pipe has no width of its own; rich would take 80 columns, in which long paths do not fit.
 _width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
-stdout = Console(highlight=False, width=_width)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+stdout = Console(highlight=False, emoji=False, width=_width)
+stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
 def talk(line: str) -> None:
@@ -325,4 +325,4 @@ def print_speed(rows: Sequence[Row]) -> None:
 def _print_whole(table: Table) -> None:
     """Print a table with each row on one line, which a narrow terminal breaks but no number is lost."""
     width = Measurement.get(stdout, stdout.options.update(max_width=1000), table).maximum
-    Console(highlight=False, width=max(width, stdout.width), file=stdout.file).print(table)
+    Console(highlight=False, emoji=False, width=max(width, stdout.width), file=stdout.file).print(table)

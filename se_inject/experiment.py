@@ -6,9 +6,10 @@ folder, with its checkpoint, log, networks and result.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import CONTROL, SE, Result
 from se_inject.datasets import Data
 from se_inject.ejection import eject
-from se_inject.errors import ArtifactError
+from se_inject.errors import ArtifactError, OptionError
 from se_inject.files import write_tensors, write_whole
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.provenance import Source
@@ -35,7 +36,13 @@ from se_inject.tasks import make_teacher
 from se_inject.training import Job, Outcome, train
 from se_inject.world import World
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # type: ignore[assignment]
+
 RECIPE, RESULT = "recipe.json", "result.json"
+_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,29 @@ def run_experiment(
         tuned = model if tuned is None else tuned
     assert tuned is not None
     return results, tuned
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no other process trains in it; where there are no locks, do not.
+
+    The lock is the process's own: what it has started to read images does not hold it when the process is killed.
+
+    Raises:
+        OptionError: Another process holds it.
+        ArtifactError: The folder cannot be made.
+    """
+    _make_folder(folder)
+    with contextlib.ExitStack() as stack:
+        try:
+            fcntl.lockf(stack.enter_context((folder / _LOCK).open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OptionError(
+                f"another process is training in {folder}; wait for it, or begin elsewhere with --run FOLDER"
+            ) from error
+        except (OSError, AttributeError):
+            pass  # what cannot be written is said by what is to be written; Windows has none of these locks
+        yield
 
 
 def _run_arm(

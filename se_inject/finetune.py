@@ -20,7 +20,7 @@ from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import Difference, Result, compare
 from se_inject.datasets import open_data
 from se_inject.errors import OptionError
-from se_inject.experiment import Experiment, Request, run_experiment
+from se_inject.experiment import Experiment, Request, hold_folder, run_experiment
 from se_inject.files import check_target
 from se_inject.gates import is_fresh
 from se_inject.provenance import Source
@@ -100,7 +100,9 @@ def finetune(
     notes = [f"{request.folder} held no checkpoint: the run began at the first step"] if is_anew else []
     if request.has_control and not is_fresh(start.model):
         notes.append("the blocks had been trained before: the control starts from the same weights without them")
-    with progress or contextlib.nullcontext():
+    holding = hold_folder(request.folder) if world.is_main else contextlib.nullcontext()
+    with holding, progress or contextlib.nullcontext():
+        _check_folder(request)  # nor has another run ended in it meanwhile
         results, tuned = run_experiment(experiment, world, progress)
     if world.is_main:
         save(tuned, request.out, source=start.source)

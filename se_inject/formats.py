@@ -7,6 +7,8 @@ work; batches are normalised on the device.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.transforms_factory import transforms_imagenet_train
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -22,6 +25,12 @@ from se_inject.errors import DataError, OptionError
 from se_inject.recipe import Recipe
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+IMAGE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, RuntimeError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow raises for files that are no images, or broken ones."""
 
 Transform = Callable[[Image.Image], Any]
 
@@ -120,6 +129,7 @@ def make_train_transform(form: InputFormat, recipe: Recipe) -> Transform:
         std=form.std,
         use_prefetcher=True,
     )
+    _mend_posterize(made)
     if recipe.crop == "resized":
         whole: Transform = made
         return whole
@@ -129,6 +139,23 @@ def make_train_transform(form: InputFormat, recipe: Recipe) -> Transform:
         first.append(transforms.RandomCrop(size, padding=max(size) // 8))
     shifted: Transform = transforms.Compose([*first, *made.transforms[1:]])
     return shifted
+
+
+def _mend_posterize(transform: object) -> None:
+    """Let timm's policies go down to no bits, which is black, as they were written; Pillow refuses it from 13 on."""
+    waiting = [transform]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, AugmentOp) and item.aug_fn is posterize:
+            item.aug_fn = _posterize
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        else:  # a pipeline, or a policy with its operations
+            waiting += (vars(item).get(name) for name in ("transforms", "ops", "policy") if hasattr(item, "__dict__"))
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+    return posterize(image, bits_to_keep, **options) if bits_to_keep > 0 else Image.new(image.mode, image.size)
 
 
 def make_eval_transform(form: InputFormat) -> Transform:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from se_inject.calls import Entry
 from se_inject.errors import ExampleError, OptionError, SourceError
-from se_inject.formats import convert_image
+from se_inject.formats import IMAGE_ERRORS, convert_image
 from se_inject.plan import Plan
 from se_inject.provenance import Source
 from se_inject.twin import get_device, get_dtype, set_training
@@ -101,7 +101,7 @@ def predict_image(
     try:
         with Image.open(path) as image:
             pixels = transform(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         reason = (
             "it is no image that Pillow can read"
             if isinstance(error, UnidentifiedImageError)

@@ -81,6 +81,11 @@ class TrainLoader:
                 f"batch_size is {recipe.batch_size}, which {world.size} processes cannot share evenly; "
                 f"try --set batch_size={share * world.size or world.size}"
             )
+        if recipe.mixes and share % 2:
+            raise DataError(
+                f"mixup and cutmix mix pairs, and of a batch of {recipe.batch_size} images each process has {share}; "
+                f"try --set batch_size={(share + 1) * world.size}"
+            )
         self.num_steps, self.batch_size = num // recipe.batch_size, recipe.batch_size
         self._seed = recipe.seed
         transform = make_train_transform(form, recipe)
@@ -165,7 +170,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self._kept is not None:
-            return iter(self._kept)
+            return _copy(self._kept)
         batches = iter(()) if self._is_idle else _say_plainly(self._batches)
         if self.is_stream and not self._is_idle:
             batches = self._check_number(batches)
@@ -189,8 +194,13 @@ class EvalLoader:
         kept = []
         for batch in batches:
             kept.append(batch)
-            yield batch
+            yield from _copy([batch])
         self._kept = kept
+
+
+def _copy(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copy the images of batches that are kept: a network may normalise what it is handed in place."""
+    return ((images.clone(), labels) for images, labels in batches)
 
 
 def _load(images: Images, batches: Iterable[list[Key]], workers: int, world: World) -> DataLoader[Any]:

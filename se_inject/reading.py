@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import os
 import random
-import struct
 import tempfile
 import weakref
-import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,10 @@ from torch.utils.data import Dataset, Subset
 
 from se_inject.contents import count_images, get_name
 from se_inject.errors import DataError
-from se_inject.formats import Transform, convert_image
+from se_inject.formats import IMAGE_ERRORS, Transform, convert_image
 from se_inject.world import World
 
 NO_LABEL, UNREADABLE = -1, -2
-# What Pillow raises for files that are no images, or broken ones.
-_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
 _NUM_SHOWN = 5
 
 Key = tuple[int, int]
@@ -152,7 +145,7 @@ class Images(Dataset[Any]):
             place = (index + attempt) % self._size
             try:
                 image, target = _read(self._images, place, self._mode)
-            except _ERRORS:
+            except IMAGE_ERRORS:
                 self._bad.note(place)
                 if self._is_training:
                     continue

@@ -114,6 +114,11 @@ class Recipe:
     workers: int = 2
     checkpoint_minutes: float = 5.0
 
+    @property
+    def mixes(self) -> bool:
+        """Whether pairs of images are mixed."""
+        return bool(self.mixup or self.cutmix)
+
     def settle(self, batch_norm: BatchNorm, label_temperature: float, dependence: float = 0.0) -> Recipe:
         """Fill in what the recipe leaves to the images; what it does not leave open stays.
 
@@ -301,8 +306,8 @@ def _find_unusable(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, most in _AT_MOST.items():
         if values.get(key, 0) > most:
             yield key, f"a number of at most {most:,}"
-    if values.get("batch_size", 2) == 1 and (values.get("mixup") or values.get("cutmix")):
-        yield "batch_size", "at least 2 with mixup or cutmix, which mix pairs"
+    if values.get("batch_size", 2) % 2 and (values.get("mixup") or values.get("cutmix")):
+        yield "batch_size", "an even number with mixup or cutmix, which mix pairs"
     if values.get("auto_augment") and not _knows_augmentation(values["auto_augment"]):
         yield "auto_augment", "what timm's auto_augment_transform takes, as in rand-m9-mstd0.5"
     if "optimizer" in values and not _knows_optimizer(values["optimizer"]):

@@ -55,9 +55,10 @@ class RunLog:
             with contextlib.suppress(*[ArtifactError] if kind else []):
                 with _quoting(self._folder / METRICS):
                     self._file.close()
+                if self._events is not None:
+                    with _quoting(self._folder):
+                        self._events.close()
                 self._draw()
-        if self._events is not None:
-            self._events.close()
         if self._progress is not None and self._bar is not None:
             self._progress.stop_task(self._bar)
             if self._validation is not None:
@@ -71,7 +72,7 @@ class RunLog:
                 kept = [line for line in read_metrics(path) if line["step"] <= step] if step else []
                 write_whole(path, lambda file: file.write("".join(json.dumps(x) + "\n" for x in kept).encode()))
                 self._file = path.open("a", encoding="utf-8")
-            self._events = _open_events(self._folder, step)
+                self._events = _open_events(self._folder, step)
         if self._progress is not None:
             self._bar = self._progress.add_task(self._title, total=num_steps, completed=step, note="")
 
@@ -141,8 +142,10 @@ class RunLog:
                 self._file.flush()
 
     def _write_events(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items() if self._events is not None else ():
-            self._events.add_scalar(name, value, step)
+        if self._events is not None and self._folder is not None:
+            with _quoting(self._folder):
+                for name, value in values.items():
+                    self._events.add_scalar(name, value, step)
 
 
 @contextmanager

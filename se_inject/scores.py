@@ -117,10 +117,10 @@ def evaluate(
     with set_training(model, False), torch.no_grad(), quoting or quote_batch_size("--batch-size", loader.batch_size):
         for images, labels in loader:
             with compute() if compute else torch.no_grad():
-                outputs = _check_outputs(model(images), num_classes)
                 targets = labels
-                if teacher is not None:
-                    targets = torch.where(labels == UNREADABLE, labels, teacher(images).argmax(1))
+                if teacher is not None:  # a network may change what it is handed
+                    targets = torch.where(labels == UNREADABLE, labels, teacher(images.clone()).argmax(1))
+                outputs = check_outputs(model(images), num_classes)
             num, outputs = len(images), outputs.float()
             answers = outputs.topk(min(_TOP, num_classes), 1).indices
             if hits is not None:
@@ -145,7 +145,12 @@ def evaluate(
     return Scores(confusion.cpu(), int(sums[1]), float(sums[0]) / num, None if hits is None else hits.cpu(), classes)
 
 
-def _check_outputs(outputs: object, num_classes: int) -> Tensor:
+def check_outputs(outputs: object, num_classes: int) -> Tensor:
+    """Return what a network gives, if it is scores (N, classes).
+
+    Raises:
+        DataError: It is something else.
+    """
     if not isinstance(outputs, Tensor) or outputs.ndim != 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(f"the network gives {shape}; expected scores (N, classes), it must be a classifier")

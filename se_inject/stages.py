@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from se_inject.groups import iterate_batch_norms
+from se_inject.groups import freeze_batch_norm, iterate_batch_norms
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 
@@ -44,12 +44,23 @@ def list_stages(recipe: Recipe, num_steps: int, *, has_blocks: bool) -> list[Sta
     return [stage for stage in stages if stage.first < stage.last]
 
 
-def set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe: Recipe) -> bool:
-    """Say which parameters learn in a stage; tells whether batch norms keep their statistics."""
+def set_learning(model: nn.Module, stage: Stage, fresh: Collection[str], recipe: Recipe) -> None:
+    """Say which parameters learn in a stage."""
     inside = tuple(f"{path}." for path in blocks(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(stage.name == "all" or name in fresh or (bool(inside) and name.startswith(inside)))
     if recipe.batch_norm == "frozen":
         for norm in iterate_batch_norms(model):
             norm.requires_grad_(False)
-    return stage.name == "gates" or recipe.batch_norm == "frozen"
+
+
+def set_modes(model: nn.Module, stage: Stage, recipe: Recipe) -> None:
+    """Put a network into train mode, but for what keeps its state: frozen norms; where the blocks alone learn, all."""
+    model.train()
+    if stage.name == "gates":
+        inside = {module for block in blocks(model).values() for module in block.modules()}
+        for module in model.modules():
+            if module not in inside and any(True for _ in module.buffers(recurse=False)):
+                module.training = False
+    elif recipe.batch_norm == "frozen":
+        freeze_batch_norm(model)

@@ -99,4 +99,7 @@ def prepare_start(
 def read_model_format(model: nn.Module, source: Source | None, input_size: int | None) -> InputFormat:
     """Read what images become for a network: as its source says, at its own size or the given one."""
     preprocess = source.preprocess if source is not None else {}
-    return read_format(preprocess, read_size(find_plan(model)), input_size=input_size, in_chans=count_channels(model))
+    plan = find_plan(model)
+    size = read_size(plan)
+    in_chans = count_channels(model) if plan is None else size[0]
+    return read_format(preprocess, size, input_size=input_size, in_chans=in_chans)

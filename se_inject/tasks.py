@@ -22,6 +22,7 @@ from se_inject.errors import OptionError, get_first_line
 from se_inject.groups import param_groups
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model
+from se_inject.scores import check_outputs
 from se_inject.stages import StageName
 from se_inject.world import World
 
@@ -34,42 +35,48 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
     it takes timm's networks alone.
     """
 
-    def __init__(self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module | None, recipe: Recipe, criterion: nn.Module, num_classes: int
+    ) -> None:
         super().__init__(model, criterion, verbose=False)
+        self._num_classes = num_classes
         self.weight, self.temperature = recipe.distill, recipe.temperature
         self.label_temperature = recipe.label_temperature
         self._teacher = (teacher,)  # in a tuple, so that it is no part of what is trained
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
         """Give the loss and the outputs (N, classes) of images (N, C, H, W)."""
+        (teacher,) = self._teacher
+        expected = input
+        if self.weight:
+            assert teacher is not None
+            with torch.no_grad():
+                expected = teacher(input.clone()) / self.temperature  # a network may change what it is handed
         output = self.trainable_module(input)
         if isinstance(output, tuple):  # torchvision's GoogLeNet and Inception have auxiliary outputs in train mode
             output = output[0]
+        output = check_outputs(output, self._num_classes)
         loss = output.new_zeros(())
         if self.weight < 1:
             loss = (1 - self.weight) * self.criterion(output / self.label_temperature, target)
         if self.weight:
-            (teacher,) = self._teacher
-            assert teacher is not None
-            with torch.no_grad():
-                expected = teacher(input) / self.temperature
             student = F.log_softmax(output / self.temperature, 1)
             distance = F.kl_div(student, F.log_softmax(expected, 1), reduction="batchmean", log_target=True)
             loss = loss + self.weight * self.temperature**2 * distance
         return {"loss": loss, "output": output}
 
 
-def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None) -> ClassificationTask:
+def make_task(model: nn.Module, recipe: Recipe, teacher: nn.Module | None, num_classes: int) -> ClassificationTask:
     """Make timm's task: the network with its loss, at the temperature that the recipe was settled to.
 
     Args:
         model: What is trained.
         recipe: From `calibrate`.
         teacher: Is needed where the recipe has `distill`.
+        num_classes: The network's outputs.
     """
-    mixes = bool(recipe.mixup or recipe.cutmix)
-    criterion = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
-    return DistillationTask(model, teacher, recipe, criterion)
+    criterion = SoftTargetCrossEntropy() if recipe.mixes else LabelSmoothingCrossEntropy(recipe.smoothing)
+    return DistillationTask(model, teacher, recipe, criterion, num_classes)
 
 
 def make_optimizer(

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from se_inject.calibration import calibrate
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import TrainingError
-from se_inject.groups import freeze_batch_norm
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
@@ -35,7 +34,7 @@ from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate, quote_batch_size
 from se_inject.signals import Signals
-from se_inject.stages import Stage, list_stages, set_learning
+from se_inject.stages import Stage, list_stages, set_learning, set_modes
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task
 from se_inject.world import World
 
@@ -145,7 +144,7 @@ class _Run:
         self._saved_at = time.monotonic()
         self._mix = Mixup(
             recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=job.num_classes
-        ) if recipe.mixup or recipe.cutmix else None  # fmt: skip
+        ) if recipe.mixes else None  # fmt: skip
         self._erase = RandomErasing(recipe.erase, mode="pixel", device=str(world.device)) if recipe.erase else None
 
     def run(self, *, resume: bool) -> Outcome:
@@ -176,8 +175,8 @@ class _Run:
 
     def _run_stage(self, stage: Stage, signals: Signals) -> None:
         job, recipe = self.job, self.recipe
-        is_frozen = set_learning(self.model, stage, job.fresh, recipe)
-        task = make_task(job.model, recipe, job.teacher)
+        set_learning(self.model, stage, job.fresh, recipe)
+        task = make_task(job.model, recipe, job.teacher, job.num_classes)
         if job.compiled:
             task.compile()
         if job.world.size > 1:
@@ -193,9 +192,7 @@ class _Run:
             is_asked = False
             with quote_batch_size("batch_size", recipe.batch_size):
                 for images, labels in job.train.iterate(epoch, first):
-                    self.model.train()
-                    if is_frozen:
-                        freeze_batch_norm(self.model)
+                    set_modes(self.model, stage, recipe)
                     scheduler.step_update(self.step - stage.first + 1)  # at 0 the rates are zero
                     start = time.perf_counter()
                     loss = self._take_step(task, optimizer, images, labels)
@@ -215,8 +212,7 @@ class _Run:
         if self._erase is not None:
             images = self._erase(images)
         if self._mix is not None:
-            even = len(images) // 2 * 2  # timm mixes pairs
-            images, labels = self._mix(images[:even], labels[:even].clamp_min(0))
+            images, labels = self._mix(images, labels.clamp_min(0))
         with self._compute():
             loss: Tensor = task(images, labels)["loss"]
         optimizer.zero_grad()
@@ -252,8 +248,10 @@ class _Run:
         )
         job.train.bad.share(job.world)
         job.train.bad.check()
-        # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are.
-        if is_alone and time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes:
+        # Processes have clocks of their own: they write at the ends of epochs alone, where all of them are. There a
+        # checkpoint follows the validation, which a run that goes on from it would not do again.
+        is_late = time.monotonic() - self._saved_at > 60 * self.recipe.checkpoint_minutes
+        if is_alone and is_late and not self._is_at_end:
             self._save(stage, optimizer)
         asked = torch.tensor(int(signals.is_asked), device=job.world.device)
         return bool(job.world.add_up(asked))  # all of them stop at the same step
@@ -277,15 +275,19 @@ class _Run:
     def _pause(self, stage: Stage, optimizer: torch.optim.Optimizer, *, is_asked: bool) -> None:
         """Validate and save at the end of an epoch; save and stop where that was asked for."""
         self._check_loss()
-        is_end = self.step == self.job.num_steps or self.step % self.job.train.num_steps == 0
-        if is_end:
+        if self._is_at_end:
             self._note(self._validate())
-        if is_end or is_asked:
+        if self._is_at_end or is_asked:
             self._save(stage, optimizer)
         if is_asked:
             raise InterruptedTrainingError(
                 f"stopped after step {self.step} of {self.job.num_steps}; the same command with --resume goes on"
             )
+
+    @property
+    def _is_at_end(self) -> bool:
+        """Whether an epoch, or the run, is over."""
+        return self.step == self.job.num_steps or self.step % self.job.train.num_steps == 0
 
     def _validate(self) -> Scores:
         job = self.job

@@ -206,9 +206,9 @@ def test_the_loss_divides_the_outputs_and_the_network_does_not(digits):
     job = make_job(digits)
     job.model.eval()
     images, labels = next(job.train.iterate(0))
-    found = make_task(job.model, replace(SMALL, label_temperature=3.0), None)(images, labels)
+    found = make_task(job.model, replace(SMALL, label_temperature=3.0), None, 10)(images, labels)
     assert torch.equal(found["output"], job.model(images))
-    plain = make_task(job.model, SMALL, None)
+    plain = make_task(job.model, SMALL, None, 10)
     assert found["loss"].item() == pytest.approx(plain.criterion(found["output"] / 3, labels).item())
 
 

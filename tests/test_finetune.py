@@ -208,7 +208,10 @@ def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811
             "auto_augment is 'nonsense'; expected what",
         ),
         (["--set", "seed=99999999999"], "seed is 99999999999; expected a number of at most 2,147,483,647"),
-        (["--set", "batch_size=1", "--set", "mixup=0.2"], "batch_size is 1; expected at least 2 with mixup or cutmix"),
+        (
+            ["--set", "batch_size=1", "--set", "mixup=0.2"],
+            "batch_size is 1; expected an even number with mixup or cutmix",
+        ),
         (["--input-size", "-4"], "the input size is -4; it must be at least 1"),
         (["--device", "meta"], "device is 'meta', which cannot be used here"),
         (["--device", "tpu"], "device is 'tpu', which cannot be used here"),

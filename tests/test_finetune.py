@@ -15,6 +15,7 @@ from torch.utils.data import Subset
 
 from se_inject import blocks, inject, load, save
 from se_inject.datasets import open_data
+from se_inject.experiment import hold_folder
 from se_inject.gates import is_fresh
 from se_inject.provenance import Source
 from se_inject.runlog import METRICS, read_metrics
@@ -273,6 +274,17 @@ def start(*args, folder, processes=1, has_group=False):
 def finish(process):
     out, _ = process.communicate(timeout=300)
     return process.returncode, out
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(data, tmp_path):
+    folder = tmp_path / "runs" / "model"
+    args = ["finetune", NET, "--data", data, *LAUNCHED, "--epochs", "1", "--run", folder]
+    with hold_folder(folder):
+        code, out = finish(start(*args, folder=tmp_path))
+    assert code == 1
+    assert f"another process is training in {folder}; wait for it, or begin elsewhere with --run FOLDER" in out
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert finish(start(*args, folder=tmp_path))[0] == 0
 
 
 def test_two_processes_end_as_one_does(data, tmp_path):

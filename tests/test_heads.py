@@ -8,6 +8,7 @@ from se_inject import inject
 from se_inject.errors import DataError
 from se_inject.heads import count_outputs, replace_head
 from se_inject.rewrite import blocks
+from se_inject.start import read_model_format
 from tests import nets
 
 SIZE = (3, 32, 32)
@@ -134,3 +135,16 @@ def test_a_size_that_a_network_does_not_take_is_an_error():
 def test_a_network_that_gives_no_scores_is_an_error(model):
     with pytest.raises(DataError, match=r"gives no scores \(N, classes\); fine-tuning is for class|does not run on"):
         count_outputs(model, (3, 8, 8))
+
+
+def test_the_channels_are_those_of_the_injection_and_not_of_the_layer_defined_first():
+    class HeadFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.stem, self.body = nn.Conv2d(16, 10, 1), nets.conv(1, 16), nets.Residual(16)
+
+        def forward(self, x):
+            return self.head(self.body(self.stem(x)).mean((2, 3), keepdim=True)).flatten(1)
+
+    model = inject(HeadFirst(), example=torch.zeros(2, 1, 32, 32))
+    assert read_model_format(model, None, None).size == (1, 32, 32)

@@ -78,6 +78,9 @@ def test_bad_images_are_named(tmp_path, picture):
     (tmp_path / "cut.png").write_bytes(picture.read_bytes()[:5000])
     with pytest.raises(ExampleError, match="cut.png cannot be read"):
         predict_image(model, tmp_path / "cut.png", transform)
+    (tmp_path / "odd.ppm").write_bytes(b"P6 8 8\xb3 255\n" + bytes(192))
+    with pytest.raises(ExampleError, match="odd.ppm cannot be read: invalid literal"):
+        predict_image(model, tmp_path / "odd.ppm", transform)
     with pytest.raises(OptionError, match="top-k is 0"):
         predict_image(model, picture, transform, top_k=0)
     with pytest.raises(ExampleError, match="gives no scores"):

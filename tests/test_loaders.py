@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from PIL import Image, features
 from timm.data import create_transform, resolve_model_data_config
 from torch.utils.data import IterableDataset
 from torchvision.transforms import InterpolationMode
@@ -171,6 +171,26 @@ def test_a_batch_that_processes_cannot_share_is_refused(data):
         load(data, replace(RECIPE, batch_size=12), world)
 
 
+def test_a_share_that_cannot_be_mixed_in_pairs_is_refused(data):
+    recipe = replace(RECIPE, batch_size=6, mixup=0.2)
+    load(data, recipe)
+    message = "mix pairs, and of a batch of 6 images each process has 3; try --set batch_size=8"
+    with pytest.raises(DataError, match=message):
+        load(data, recipe, PAIR[0])
+
+
+def test_images_that_are_kept_stay_as_they_are(data):
+    loader = load_eval(data, cache=2**20)
+    first = [images.clone() for images, _ in loader]
+    for _ in range(2):
+        for images, _ in loader:
+            images.mul_(2)  # as a network does that normalises what it is handed
+    assert all(map(torch.equal, first, (images for images, _ in loader)))
+    for images, _ in (loader := load_eval(data, cache=2**20)):
+        images.zero_()
+    assert all(map(torch.equal, first, (images for images, _ in loader)))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_labels_beyond_the_network_are_refused_in_one_line(data, tmp_path, workers):
     match = rf"^{tmp_path}/train/dog/\d.png has the label 1, the network has 1 classes$"
@@ -266,6 +286,18 @@ def test_in_training_the_next_image_takes_the_place_of_an_unreadable_one(spoilt,
     loader.bad.check()
 
 
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_broken_avif_is_noted_too(tmp_path):
+    """Pillow raises a RuntimeError for it."""
+    data = open_data(str(make_two_folders(tmp_path, num=5, num_val=3)))
+    bad = tmp_path / "val" / "cat" / "0.png"
+    make_image(0).save(bad, "AVIF")
+    bad.write_bytes(bad.read_bytes().replace(b"pitm", b"none"))
+    loader = load_eval(data, max_bad=1)
+    assert [labels.tolist()[0] for _, labels in loader][0] == UNREADABLE
+    assert loader.bad.list_names() == [str(bad)]
+
+
 def test_one_unreadable_image_is_not_several(tmp_path):
     data = open_data(str(make_two_folders(tmp_path)))
     spoil(tmp_path / "train/cat/0.png", "text")
@@ -329,6 +361,15 @@ def test_wide_types_are_scaled_by_what_they_hold():
         assert np.asarray(convert_image(Image.fromarray(np.array([values], np.int32)), "L")).tolist() == [expected]
     for values, expected in (([0, 0.5, 1], [0, 128, 255]), ([0, 7.4, 255], [0, 7, 255])):
         assert np.asarray(convert_image(Image.fromarray(np.array([values], np.float32)), "L")).tolist() == [expected]
+
+
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "rand-m1-mstd0.5", "v0", "original", "augmix-m3-w3"])
+def test_timms_policies_take_every_image(policy):
+    """Pillow refuses the no bits that some of them keep, from 13 on."""
+    transform = make_train_transform(FORM, replace(RECIPE, auto_augment=policy))
+    for i in range(150):
+        seed_all(i)
+        assert transform(make_image(i)).shape == (3, 8, 8)
 
 
 def test_colours_are_jittered_beside_a_policy():

@@ -15,7 +15,7 @@ import torch
 from se_inject import blocks, eject, inject
 from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.datasets import open_data
-from se_inject.errors import ArtifactError, OptionError, TrainingError
+from se_inject.errors import ArtifactError, DataError, OptionError, TrainingError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
@@ -113,6 +113,39 @@ def test_in_the_first_stage_the_blocks_alone_change(digits, tmp_path):
     inside = tuple(f"{path}." for path in blocks(outcome.model))
     changed = {key for key, value in outcome.model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {key for key in before if key.startswith(inside)}
+
+
+def test_no_state_of_a_frozen_network_changes(digits, tmp_path):
+    class Stateful(DigitNet):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.InstanceNorm2d(16, track_running_stats=True)
+            torch.nn.utils.parametrizations.spectral_norm(self.stem)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.seen += 1
+            x = torch.relu(self.norm(self.bn(self.stem(x))))
+            return self.fc(self.block2(self.down(self.block1(x))).mean((2, 3)))
+
+    model = inject(Stateful(), r=4, example=torch.zeros(2, 1, 8, 8))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    outcome = run(make_job(digits, replace(SMALL, train="gates", ema=0), model), tmp_path / "run")
+    inside = tuple(f"{path}." for path in blocks(outcome.model))
+    changed = {key for key, value in outcome.model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {key for key in before if key.startswith(inside)}
+
+
+def test_outputs_that_are_no_scores_in_train_mode_are_refused(digits, tmp_path):
+    class Features(DigitNet):
+        def forward(self, x):
+            features = self.block2(self.down(self.block1(self.bn(self.stem(x)).relu()))).mean((2, 3))
+            return (features, self.fc(features)) if self.training else self.fc(features)
+
+    model = inject(Features(), r=4, example=torch.zeros(2, 1, 8, 8))
+    with pytest.raises(DataError, match="the network gives 32 scores for 10 classes"):
+        run(make_job(digits, model=model), tmp_path / "run")
 
 
 def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
@@ -216,6 +249,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(digits, tmp_path, options, s
         for name in ("part", "whole")
     )
     assert [line for line in own if "top1" in line] == [line for line in expected if "top1" in line]
+
+
+def test_a_run_that_was_killed_while_it_validated_validates_again(digits, tmp_path):
+    recipe = replace(SMALL, checkpoint_minutes=1e-9)
+    whole = run(make_job(digits, recipe), tmp_path / "whole")
+    job, calls = make_job(digits, recipe), []
+
+    class KilledError(Exception):
+        pass
+
+    class Validation:
+        def __iter__(self):
+            calls.append(1)
+            if len(calls) == 3:  # before the first step, after an epoch, at the end
+                raise KilledError
+            return iter(job.val)
+
+        def __getattr__(self, name):
+            return getattr(job.val, name)
+
+    with pytest.raises(KilledError):
+        run(replace(job, val=Validation()), tmp_path / "part")
+    kept = []
+    outcome = run(make_job(digits, recipe), tmp_path / "part", resume=True, keep=lambda model, name: kept.append(name))
+    assert outcome.history == whole.history
+    assert "last" in kept
 
 
 def run_until(job, folder, stop):

@@ -38,9 +38,9 @@ def run_inject(
     seed_all(0)  # blocks, and weights that are not fetched, are drawn: the same command gives the same file
     network, source = open_model()
     injected = inject(network, inplace=True, **options)
-    save(injected, out, source=source)
     plan = get_plan(injected)
-    before, after = compare_costs(injected, plan)
+    before, after = compare_costs(injected, plan)  # runs it, before anything is written
+    save(injected, out, source=source)
     if as_json:
         console.print_json({"out": str(out), **_describe_source(source), **console.describe_plan(plan, before, after)})
         return

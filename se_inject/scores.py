@@ -178,7 +178,7 @@ def quote_batch_size(option: str, batch_size: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         setting = write(batch_size // 2) if batch_size > 1 else "a smaller --input-size"
         raise OptionError(f"out of memory with {name} {batch_size}; try {setting}") from error
@@ -191,7 +191,8 @@ def quote_batch_size(option: str, batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error is that memory ran out, on a GPU or beside one."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     is_torchs = isinstance(error, RuntimeError) and not isinstance(error, SEInjectError)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from se_inject.calibration import calibrate
 from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from se_inject.errors import TrainingError
+from se_inject.errors import DataError, SEInjectError, TrainingError, get_first_line
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
-from se_inject.scores import Scores, evaluate, quote_batch_size
+from se_inject.scores import Scores, evaluate, is_out_of_memory, quote_batch_size
 from se_inject.signals import Signals
 from se_inject.stages import Stage, list_stages, set_learning, set_modes
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task
@@ -213,7 +213,7 @@ class _Run:
             images = self._erase(images)
         if self._mix is not None:
             images, labels = self._mix(images, labels.clamp_min(0))
-        with self._compute():
+        with self._compute(), self._quote_size(images):
             loss: Tensor = task(images, labels)["loss"]
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -227,6 +227,19 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return loss
+
+    @contextlib.contextmanager
+    def _quote_size(self, images: Tensor) -> Iterator[None]:
+        """Turn an error of the first step, before which the network ran in eval mode alone, into one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.step or isinstance(error, SEInjectError) or is_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{type(self.model).__name__} does not run in train mode on images {tuple(images.shape[1:])}: "
+                f"{get_first_line(error)}; try another --input-size"
+            ) from error
 
     def _look(self, stage: Stage, loss: Tensor, optimizer: torch.optim.Optimizer, signals: Signals) -> bool:
         """Show where the run is, and check that it is well; tells whether somebody asked it to stop."""

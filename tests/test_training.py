@@ -148,6 +148,22 @@ def test_outputs_that_are_no_scores_in_train_mode_are_refused(digits, tmp_path):
         run(make_job(digits, model=model), tmp_path / "run")
 
 
+def test_a_network_that_does_not_run_in_train_mode_says_so_in_one_line(digits, tmp_path):
+    class Auxiliary(DigitNet):
+        """As torchvision's Inception, whose auxiliary head needs larger images than it does."""
+
+        def forward(self, x):
+            if self.training:
+                torch.nn.functional.avg_pool2d(x, 9)
+            return super().forward(x)
+
+    model = inject(Auxiliary(), r=4, example=torch.zeros(2, 1, 8, 8))
+    with pytest.raises(
+        DataError, match=r"does not run in train mode on images \(1, 8, 8\): .*; try another --input-size"
+    ):
+        run(make_job(digits, model=model), tmp_path / "run")
+
+
 def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):
     fresh = frozenset({"fc.weight", "fc.bias"})
     job = make_job(digits, replace(SMALL, train="gates", ema=0), fresh=fresh)

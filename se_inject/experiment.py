@@ -38,7 +38,7 @@ from se_inject.world import World
 
 try:
     import fcntl
-except ImportError:
+except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
 RECIPE, RESULT = "recipe.json", "result.json"
@@ -155,13 +155,15 @@ def hold_folder(folder: Path) -> Iterator[None]:
     _make_folder(folder)
     with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(stack.enter_context((folder / _LOCK).open("w")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = stack.enter_context((folder / _LOCK).open("w"))
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise OptionError(
                 f"another process is training in {folder}; wait for it, or begin elsewhere with --run FOLDER"
             ) from error
-        except (OSError, AttributeError):
-            pass  # what cannot be written is said by what is to be written; Windows has none of these locks
+        except OSError:
+            pass  # a folder that cannot be written to is told of by what is written next
         yield
 
 

@@ -151,7 +151,7 @@ def _mend_posterize(transform: object) -> None:
         elif isinstance(item, (list, tuple)):
             waiting += item
         else:  # a pipeline, or a policy with its operations
-            waiting += (vars(item).get(name) for name in ("transforms", "ops", "policy") if hasattr(item, "__dict__"))
+            waiting += (getattr(item, name) for name in ("transforms", "ops", "policy") if hasattr(item, name))
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:

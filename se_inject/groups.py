@@ -107,5 +107,10 @@ def freeze_batch_norm(model: nn.Module) -> nn.Module:
 
 def iterate_batch_norms(model: nn.Module) -> Iterator[nn.Module]:
     """Iterate over the batch norms that are not in a block."""
+    return (module for module in iterate_backbone(model) if isinstance(module, _BatchNorm))
+
+
+def iterate_backbone(model: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over the modules that are not in a block."""
     inside = {module for block in blocks(model).values() for module in block.modules()}
-    return (m for m in model.modules() if isinstance(m, _BatchNorm) and m not in inside)
+    return (module for module in model.modules() if module not in inside)

@@ -183,8 +183,8 @@ def quote_batch_size(option: str, batch_size: int) -> Iterator[None]:
         setting = write(batch_size // 2) if batch_size > 1 else "a smaller --input-size"
         raise OptionError(f"out of memory with {name} {batch_size}; try {setting}") from error
     except ValueError as error:
-        if not str(error).lower().startswith(_NO_STATISTICS):
-            raise
+        if option.startswith("--") or not str(error).lower().startswith(_NO_STATISTICS):
+            raise  # no batch norm is trained where an option says the batch size
         raise OptionError(
             f"with {name} {batch_size} a batch norm gets one value a channel, of which it cannot take statistics; try "
             f"{write(2 * batch_size)}, --set batch_norm=frozen or a larger --input-size"

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import nn
 
-from se_inject.groups import freeze_batch_norm, iterate_batch_norms
+from se_inject.groups import freeze_batch_norm, iterate_backbone, iterate_batch_norms
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 
@@ -58,9 +58,8 @@ def set_modes(model: nn.Module, stage: Stage, recipe: Recipe) -> None:
     """Put a network into train mode, but for what keeps its state: frozen norms; where the blocks alone learn, all."""
     model.train()
     if stage.name == "gates":
-        inside = {module for block in blocks(model).values() for module in block.modules()}
-        for module in model.modules():
-            if module not in inside and any(True for _ in module.buffers(recurse=False)):
+        for module in iterate_backbone(model):
+            if next(module.buffers(recurse=False), None) is not None:
                 module.training = False
     elif recipe.batch_norm == "frozen":
         freeze_batch_norm(model)

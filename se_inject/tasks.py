@@ -46,12 +46,7 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:  # noqa: A002  timm's name
         """Give the loss and the outputs (N, classes) of images (N, C, H, W)."""
-        (teacher,) = self._teacher
-        expected = input
-        if self.weight:
-            assert teacher is not None
-            with torch.no_grad():
-                expected = teacher(input.clone()) / self.temperature  # a network may change what it is handed
+        images = input.clone() if self.weight else input  # a network may change what it is handed
         output = self.trainable_module(input)
         if isinstance(output, tuple):  # torchvision's GoogLeNet and Inception have auxiliary outputs in train mode
             output = output[0]
@@ -60,6 +55,10 @@ class DistillationTask(ClassificationTask):  # type: ignore[misc]  # timm's
         if self.weight < 1:
             loss = (1 - self.weight) * self.criterion(output / self.label_temperature, target)
         if self.weight:
+            (teacher,) = self._teacher
+            assert teacher is not None
+            with torch.no_grad():
+                expected = teacher(images) / self.temperature
             student = F.log_softmax(output / self.temperature, 1)
             distance = F.kl_div(student, F.log_softmax(expected, 1), reduction="batchmean", log_target=True)
             loss = loss + self.weight * self.temperature**2 * distance

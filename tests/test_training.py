@@ -20,8 +20,9 @@ from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
+from se_inject.scores import evaluate
 from se_inject.stages import Stage, list_stages
-from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_teacher
+from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task, make_teacher
 from se_inject.training import InterruptedTrainingError, Job, train
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits
@@ -162,6 +163,21 @@ def test_a_network_that_does_not_run_in_train_mode_says_so_in_one_line(digits, t
         DataError, match=r"does not run in train mode on images \(1, 8, 8\): .*; try another --input-size"
     ):
         run(make_job(digits, model=model), tmp_path / "run")
+
+
+def test_the_teacher_sees_the_images_as_they_were(digits):
+    class InPlace(DigitNet):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    model = inject(InPlace(), r=4, example=torch.zeros(2, 1, 8, 8)).eval()
+    images, labels = next(make_job(digits).train.iterate(0))
+    task = make_task(model, replace(SMALL, distill=1.0), make_teacher(model), 10).eval()
+    # They are the same network, whose distance is zero where both are handed the same.
+    assert task(images.clone(), labels)["loss"].item() == pytest.approx(0, abs=1e-6)
+    job = make_job(digits, model=model)
+    scores = evaluate(model, job.val, job.world, num_classes=10, teacher=make_teacher(model))
+    assert scores.top1 == 100
 
 
 def test_a_fresh_classifier_learns_in_the_first_stage_too(digits, tmp_path):

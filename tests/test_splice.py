@@ -226,13 +226,21 @@ def test_a_reason_that_a_doubt_hid_is_told():
     assert [item.reason for item in plan.passed_over] == ["neither operand is a shortcut of the other"]
 
 
-def test_no_block_is_spliced_where_the_code_goes_through_its_children():
-    class InTurn(Sized):
-        def forward(self, x):
-            x = self.prepare(x)
-            for child in self.children():
-                x = x + child(x)
-            return x
+class InTurn(nn.Module):
+    """Goes through its children, of which a block would be one more."""
 
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nets.conv(16, 16), nets.conv(16, 16)
+
+    def forward(self, x):
+        if x.shape[2] > 8:
+            x = F.relu(x)
+        for child in self.children():
+            x = x + child(x)
+        return x
+
+
+def test_no_block_is_spliced_where_the_code_goes_through_its_children():
     plan = make_plan(nn.Sequential(nets.conv(3, 16), InTurn(), nets.Residual()))
     assert [site.owner for site in plan.sites] == ["2"]

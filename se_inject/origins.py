@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0")
+_CHECKPOINT = "torch.utils.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -38,13 +39,15 @@ def find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
 
     Returns:
         The norm, with its input, the mean and the inverse deviation by which that was normalised, weight and bias; or
-        None with the map, if something else made it or if not all of it can be had.
+        None with the map, if something else made it, wrote into it, or if not all of it can be had.
     """
     node: Any = x.grad_fn
-    if node is None or node.name() not in _NORMS or _is_checkpointing():
+    if node is None or node.name() not in _NORMS or x._version:
         return None, (x,)
     norm = Norm(node._saved_training, node._saved_eps if node.name() == _NORMS[0] else node._saved_epsilon)
     try:
+        if _is_packed(node):
+            return None, (x,)
         source, weight = node._saved_input, node._saved_weight
         if norm.training:
             mean, inverse = node._saved_result1, node._saved_result2
@@ -55,7 +58,9 @@ def find_norm(x: Tensor) -> tuple[Norm | None, tuple[Tensor, ...]]:
     weight = torch.ones_like(mean) if weight is None else weight
     added = node.next_functions[2][0]
     bias = getattr(added, "variable", None) if added is not None else _read_off(x, source, mean, weight * inverse)
-    return (None, (x,)) if bias is None else (norm, (source, mean, inverse, weight, bias))
+    if bias is None or not _are_there(weight, bias):
+        return None, (x,)
+    return norm, (source, mean, inverse, weight, bias)
 
 
 def _read_off(x: Tensor, source: Tensor, mean: Tensor, scale: Tensor) -> Tensor | None:
@@ -76,6 +81,8 @@ def find_convolution(x: Tensor) -> Convolution | None:
     if node is None or node.name() != "ConvolutionBackward0" or node._saved_transposed:
         return None
     try:
+        if norm._saved_input._version or _is_packed(node):
+            return None
         inner, weight = node._saved_input, node._saved_weight
     except RuntimeError:
         return None
@@ -85,7 +92,8 @@ def find_convolution(x: Tensor) -> Convolution | None:
     is_pointwise = weight.shape[2:].numel() == 1 and set(node._saved_stride) == {1} and not any(node._saved_padding)
     if not is_pointwise or (bias is not None and not hasattr(bias, "variable")):
         return None
-    return Convolution(inner, weight, None if bias is None else bias.variable, node._saved_groups)
+    bias = None if bias is None else bias.variable
+    return Convolution(inner, weight, bias, node._saved_groups) if _are_there(weight, bias) else None
 
 
 def normalise(norm: Norm, x: Tensor, moments: tuple[Tensor, Tensor], affine: tuple[Tensor, Tensor]) -> Tensor:
@@ -105,7 +113,25 @@ def normalise(norm: Norm, x: Tensor, moments: tuple[Tensor, Tensor], affine: tup
     return torch.addcmul((bias - mean * scale).to(x.dtype).view(shape), x, scale.to(x.dtype).view(shape))
 
 
-def _is_checkpointing() -> bool:
-    """Tell whether activation checkpointing runs, which keeps nothing anyway and lets nothing be looked at twice."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+def _is_packed(node: Any) -> bool:
+    """Tell whether `saved_tensors_hooks` turned what a layer keeps into something else.
+
+    To look at that would unpack it in the forward pass: run what was checkpointed again, or fetch what was moved away.
+    """
+    saved = node._raw_saved_input
+    if not hasattr(saved, "unpack_hook"):  # older versions of torch tell of hooks that are on now alone
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return bool(hooks and hooks[0].__module__ == _CHECKPOINT)
+    if saved.unpack_hook is None:
+        return False
+    packed = saved.data
+    # Checkpointing packs while it computes again, too, where it has to come by the same way.
+    if not isinstance(packed, Tensor) or saved.unpack_hook.__module__ == _CHECKPOINT:
+        return True
+    unpacked = node._saved_input  # hooks that only look on hand back what they were given
+    return packed.dtype != unpacked.dtype or packed.untyped_storage()._cdata != unpacked.untyped_storage()._cdata
+
+
+def _are_there(*parameters: Tensor | None) -> bool:
+    """Tell whether parameters have memory; a sharded layer (FSDP) frees its own until the backward pass."""
+    return all(x is None or not x.numel() or x.untyped_storage().nbytes() > 0 for x in parameters)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from se_inject import SqueezeExcite, lean_layer, plain_autograd
@@ -332,13 +333,89 @@ def test_a_checkpoint_around_the_branch_gives_the_same(reentrant):
         torch.testing.assert_close(ours.grad, theirs, rtol=1e-10, atol=1e-10)
 
 
-def test_activations_that_are_kept_elsewhere_are_fetched(uses):
+tells_hooks = pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="torch does not tell what hooks did"
+)
+
+
+@tells_hooks
+def test_a_checkpoint_around_what_comes_before_the_block_runs_it_once_more_alone():
     x, model = make_input(), Branch()
-    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-    with torch.autograd.graph.save_on_cpu():
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    runs = []
+    model.conv.register_forward_pre_hook(lambda *_: runs.append(1))
+    y = model.se(checkpoint(lambda x: model.norm(model.conv(x)), x, use_reentrant=False))
+    assert len(runs) == 1
+    found = torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+    assert len(runs) == 2
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+HOOKS = {
+    "can be fetched once": (lambda x: [x], lambda packed: packed.pop()),
+    "is rounded": (lambda x: x.float(), lambda packed: packed.double()),
+}
+
+
+@tells_hooks
+@pytest.mark.parametrize("name", HOOKS)
+def test_what_hooks_keep_in_another_form_does_not_change_the_output(uses, name):
+    x, model = make_input(), Branch()
+    with plain_autograd():
+        expected = model(x)
+    with saved_tensors_hooks(*HOOKS[name]):
         y = model(x)
-    assert torch.equal(torch.autograd.grad(y.square().sum(), x)[0], expected)
-    assert len(uses) == 2
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    y.square().sum().backward()
+    assert not uses
+
+
+def test_hooks_that_look_on_change_nothing(uses):
+    x, model = make_input(), Branch()
+    with saved_tensors_hooks(lambda x: x, lambda x: x):
+        model(x)
+    assert uses
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layer", ["norm", "conv"])
+def test_a_map_that_is_written_into_without_a_gradient_is_seen(uses, layer, training):
+    x, model = make_input(), Branch().train(training)
+
+    def write(layer, args, output):  # straight through, as a quantised layer does
+        with torch.no_grad():
+            output.copy_(output.mul(4).round() / 4)
+
+    getattr(model, layer).register_forward_hook(write)
+    compare(model, x, make_input(num_channels=32, seed=2))
+    assert not uses
+
+
+@pytest.mark.parametrize("layer", ["norm", "conv"])
+def test_a_layer_whose_parameters_are_away_until_the_backward_pass_is_left_to_itself(uses, layer):
+    x, model = make_input(), Branch()
+    expected = torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()])
+    kept = {p: p.detach().clone() for p in getattr(model, layer).parameters()}
+    sizes = {p: p.untyped_storage().nbytes() for p in kept}
+
+    def free(*_):
+        for p in kept:
+            p.untyped_storage().resize_(0)
+
+    def fetch(*_):
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(tuple(kept)):
+            for p, value in kept.items():
+                p.untyped_storage().resize_(sizes[p])
+                p.copy_(value)
+
+    handle = getattr(model, layer).register_forward_hook(free)
+    y = model(x)
+    fetch()
+    handle.remove()
+    for ours, theirs in zip(torch.autograd.grad(y.square().sum(), [x, *model.parameters()]), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert len(uses) == 1
 
 
 def test_a_map_that_is_written_over_is_an_error(uses):

@@ -124,11 +124,11 @@ def _is_packed(node: Any) -> bool:
         return bool(hooks and hooks[0].__module__ == _CHECKPOINT)
     if saved.unpack_hook is None:
         return False
-    packed = saved.data
+    packed: object = saved.data
     # Checkpointing packs while it computes again, too, where it has to come by the same way.
     if not isinstance(packed, Tensor) or saved.unpack_hook.__module__ == _CHECKPOINT:
         return True
-    unpacked = node._saved_input  # hooks that only look on hand back what they were given
+    unpacked: Tensor = node._saved_input  # hooks that only look on hand back what they were given
     return packed.dtype != unpacked.dtype or packed.untyped_storage()._cdata != unpacked.untyped_storage()._cdata
 
 

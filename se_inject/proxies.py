@@ -6,7 +6,11 @@ numbers. What only a value can answer is noted with the tracer.
 
 from __future__ import annotations
 
+import dis
+import functools
 import operator
+import sys
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +29,8 @@ class ValueProxy(fx.Proxy):
     @property  # type: ignore[misc]
     def __class__(self) -> type:
         node = vars(self).get("node")  # an attribute has its node made when it is first used
-        return torch.Tensor if node is not None and isinstance(node.meta.get("value"), Tensor) else ValueProxy
+        is_tensor = node is not None and isinstance(node.meta.get("value"), Tensor)
+        return torch.Tensor if is_tensor and _is_asked_by_python(sys._getframe(1)) else ValueProxy
 
     def __getattr__(self, name: str) -> Any:
         node = vars(self).get("node")
@@ -79,6 +84,24 @@ class ValueAttribute(Attribute, ValueProxy):
 def is_proxy(value: object) -> bool:
     """Tell whether an object is a proxy, whatever it says of its class."""
     return issubclass(type(value), fx.Proxy)
+
+
+def _is_asked_by_python(frame: FrameType) -> bool:
+    """Tell whether a frame's own code asks for the class of an object, with `isinstance`, for one.
+
+    Functions in C that it calls ask too, those of TorchScript and vmap among them, and would take the memory of what
+    says that it is a tensor for a tensor's.
+    """
+    code = frame.f_code
+    return code.co_name == "__instancecheck__" or frame.f_lasti not in _find_other_calls(code)
+
+
+@functools.lru_cache
+def _find_other_calls(code: CodeType) -> frozenset[int]:
+    """Find where code calls something else than `isinstance`. A call begins where the name of what it calls does."""
+    instructions = [(i, i.positions and i.positions[0::2]) for i in dis.get_instructions(code)]
+    asking = {start for i, start in instructions if i.argval == "isinstance"}
+    return frozenset(i.offset for i, start in instructions if "CALL" in i.opname and start not in asking)
 
 
 def _peek(proxy: Any) -> Any:

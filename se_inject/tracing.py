@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from se_inject.calls import METHODS, Call, Entry
-from se_inject.errors import TraceError
+from se_inject.errors import TraceError, get_first_line
 from se_inject.faithful import (
     CONSTANT,
     SHAPE_READS,
@@ -98,8 +99,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         if graph is None and isinstance(error, TraceError):
             raise
         if graph is None:
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise TraceError(f"torch.fx cannot follow its {entry.method}: {line}") from error
+            raise TraceError(f"torch.fx cannot follow its {entry.method}: {_explain(error)}") from error
         tracer.doubts.append(str(error))
     tracer.write_back()
     _collect_doubts(tracer, graph, owner, method)
@@ -116,6 +116,14 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
         reads_mode=reads_mode(tracer.conditions),
         doubt=next(iter(tracer.doubts), ""),
     )
+
+
+def _explain(error: Exception) -> str:
+    """Say in one line what torch.fx cannot follow."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if "torch.utils.checkpoint" in modules:
+        return "it checkpoints activations; turn that off to inject, and on again after"
+    return get_first_line(error)
 
 
 def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, method: Callable[..., Any]) -> None:
@@ -164,7 +172,7 @@ def _noted_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
 
 @contextmanager
 def _refused_functions() -> Iterator[None]:
-    """Refuse calls of autograd functions: handed a proxy, which is no tensor, torch's own code would crash."""
+    """Refuse calls of autograd functions: what they do forward would be recorded, without their own gradients."""
     original = vars(torch.autograd.Function)["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:

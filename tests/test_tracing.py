@@ -1,3 +1,4 @@
+import functools
 import inspect
 import re
 import sys
@@ -5,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from se_inject import inject, make_plan
 from se_inject.calls import Call, Entry
@@ -234,12 +236,52 @@ class _CallsFunction(nets.Residual):
 
 
 def test_code_that_calls_an_autograd_function_is_refused():
-    """A proxy says that it is a tensor; the function took it for one, and the process ended."""
     before = torch.autograd.Function.apply
     with pytest.raises(TraceError, match="its code calls the autograd function _Double"):
         trace(_CallsFunction(), (2, 16, 8, 8))
     assert torch.autograd.Function.apply == before
     assert _Double.apply(torch.ones(1)) == 2
+
+
+def _double(x):
+    return 2 * x
+
+
+@functools.cache
+def _script():
+    with pytest.warns(FutureWarning, match="deprecated"):
+        return torch.jit.script(_double)
+
+
+class _Calls(nets.Residual):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        if not isinstance(x, torch.Tensor) or not torch.is_tensor(x):
+            raise TypeError(type(x))
+        return x + self.function(self.branch, x) if isinstance(x, (torch.Tensor, list)) else x
+
+
+CALLS = {
+    "TorchScript": (lambda branch, x: branch(_script()(x)), "Expected a value of type 'Tensor"),
+    "vmap": (lambda branch, x: branch(torch.func.vmap(_double)(x)), "_add_batch_dim"),
+    "fork": (lambda branch, x: torch.jit.wait(torch.jit.fork(branch, x)), "cannot infer type"),
+    "a checkpoint": (lambda branch, x: checkpoint(branch, x, use_reentrant=False), "it checkpoints activations; turn"),
+    "a reentrant one": (lambda branch, x: checkpoint(branch, x, use_reentrant=True), "function CheckpointFunction"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.fork` is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", CALLS)
+def test_code_in_c_does_not_take_a_proxy_for_a_tensor(name):
+    """It asks with `isinstance`, as code in Python does, and read the memory of whatever said yes."""
+    _script()
+    function, message = CALLS[name]
+    with pytest.raises(TraceError, match=re.escape(message)):
+        trace(_Calls(function), (2, 16, 8, 8))
+    assert any("add" in target for target in targets(trace(_Calls(lambda branch, x: branch(x)), (2, 16, 8, 8))))
 
 
 def test_items_of_a_tensor_may_be_assigned():

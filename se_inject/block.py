@@ -5,8 +5,8 @@ Takes feature maps, gives the same maps with every channel scaled by its gate. K
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -149,6 +149,14 @@ class SqueezeExcite(nn.Module):
     def _dims(self) -> tuple[int, ...]:
         first = 2 if self.channel_dim == 1 else 1
         return tuple(range(first, first + self.num_spatial))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002  torch's
+        """Convert the parameters; for volumes as 5-D weights, which alone `torch.channels_last_3d` takes."""
+
+        def convert(x: Tensor) -> Tensor:
+            return fn(x.unsqueeze(-1)).squeeze(-1) if x.ndim == 4 else fn(x)
+
+        return super()._apply(convert if self.num_spatial == 3 else fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)

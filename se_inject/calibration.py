@@ -34,6 +34,8 @@ _MARGIN = 1.5
 _PENALTIES = (1e-2, 1e-1, 1.0)
 _HELD_BACK = 4
 _NUM_ITERATIONS = 100
+_MAX_SCORES = 2**28
+"""Scores of images by classes that a classifier is fitted with: 1 GiB in fp32."""
 
 
 def calibrate(
@@ -54,7 +56,8 @@ def calibrate(
 
     **A classifier that was replaced** is fitted to the frozen features (regularised logistic regression, by L-BFGS), as
     random weights would send random gradients into a trained backbone (Kumar et al., arXiv 2202.10054). The strength
-    of the penalty, and the choice of the statistics, are made on every fourth image, which the fit has not seen.
+    of the penalty, and the choice of the statistics, are made on every fourth image, which the fit has not seen. With
+    more than 16,384 classes, of which memory has no image each, it stays as it is.
 
     **The temperature of the loss** (`label_temperature: 0`). A network that was trained to the end is surer than it is
     right (Guo et al., arXiv 1706.04599). On images that differ from those it knows, its few confident errors then have
@@ -105,7 +108,7 @@ def _settle_outputs(
     if recipe.distill == 1 or (is_settled and not fresh):
         return usual
     classifier = find_classifier(model, fresh, next(loader.iterate(0, 0))[0]) if fresh else None
-    if fresh and classifier is None:
+    if fresh and (classifier is None or len(classifier.weight) ** 2 > _MAX_SCORES):
         return usual
     fit = _fit_temperature if classifier is None else partial(_fit_penalty, classifier=classifier)
     options: tuple[BatchNorm, ...] = (usual.batch_norm,)
@@ -147,7 +150,10 @@ def _observe(
 ) -> tuple[Tensor, Tensor]:
     """Observe what the classifier is given (N, channels), or else the outputs (N, classes), and the labels (N,)."""
     seen, known = [], []
-    num = max(_NUM_IMAGES, 0 if classifier is None else _NUM_IMAGES_EACH * len(classifier.weight))
+    num = _NUM_IMAGES
+    if classifier is not None:
+        num_classes = len(classifier.weight)
+        num = min(max(num, _NUM_IMAGES_EACH * num_classes), _MAX_SCORES // num_classes)
     hook = None if classifier is None else classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         for images, labels in _take(loader, num):

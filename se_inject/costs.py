@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.calls import Entry, decode_call
 from se_inject.ejection import eject
+from se_inject.errors import PlanError, get_first_line
+from se_inject.examples import describe_shapes
 from se_inject.plan import Plan
+from se_inject.probe import DATA_DEPENDENT
 from se_inject.twin import Twin, make_twin, quiet, set_training
 
 
@@ -28,8 +30,7 @@ class Costs:
         parameters: Number of parameters.
         size: Bytes of all parameters and buffers.
         flops: Floating point operations for one image (two for a multiply-accumulate), as torch's FlopCounterMode
-        counts
-            them: convolutions and matrix products. None for a network whose course depends on its data.
+            counts them: convolutions and matrix products. None for a network whose course depends on its data.
     """
 
     parameters: int
@@ -48,6 +49,9 @@ def compare_costs(model: nn.Module, plan: Plan) -> tuple[Costs, Costs]:
     Args:
         model: An injected network.
         plan: The plan that it was injected with.
+
+    Raises:
+        PlanError: The network does not run on that input.
     """
     after = _count(model, plan)
     twin = make_twin(model)
@@ -61,14 +65,22 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     num_images = next(x.shape[0] for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
     flops: int | None = None
     with (
-        suppress(DataDependentOutputException, DynamicOutputShapeException),
+        suppress(*DATA_DEPENDENT),
         FlopCounterMode(display=False) as counter,
         set_training(twin.model, False),
         quiet(),
         twin.mode,
         torch.no_grad(),
     ):
-        twin.model(*call.args, **call.kwargs)
+        try:
+            twin.model(*call.args, **call.kwargs)
+        except DATA_DEPENDENT:
+            raise
+        except Exception as error:
+            raise PlanError(
+                f"{type(model).__name__} does not run on an input of {describe_shapes(call)}, with which the plan was "
+                f"made: {get_first_line(error)}; make a new plan for this network"
+            ) from error
         flops = counter.get_total_flops() // num_images
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),

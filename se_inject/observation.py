@@ -87,6 +87,6 @@ def check_trained(model: nn.Module, gates: Mapping[str, BlockGates]) -> None:
         raise ModelError(f"none of the blocks of {type(model).__name__} ran on these images; there are no gates to see")
     if all(block.is_identity for block in gates.values()):
         raise ModelError(
-            f"every gate of {type(model).__name__} is 1 for every image: its {len(gates)} blocks were never trained; "
-            f"fine-tune it first, as with se-inject finetune"
+            f"every gate of {type(model).__name__} is 1 for every image: its {len(gates)} blocks were never trained or "
+            f"stand on branches that are zero; fine-tune it first, as with se-inject finetune"
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import operator
-import sys
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,9 @@ class ValueProxy(fx.Proxy):
     def __class__(self) -> type:
         node = vars(self).get("node")  # an attribute has its node made when it is first used
         is_tensor = node is not None and isinstance(node.meta.get("value"), Tensor)
-        return torch.Tensor if is_tensor and _is_asked_by_python(sys._getframe(1)) else ValueProxy
+        frame = inspect.currentframe()
+        is_told = is_tensor and (frame is None or frame.f_back is None or _is_asked_by_python(frame.f_back))
+        return torch.Tensor if is_told else ValueProxy
 
     def __getattr__(self, name: str) -> Any:
         node = vars(self).get("node")

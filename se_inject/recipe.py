@@ -193,6 +193,8 @@ def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a safe one
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+    if values is None:
+        raise RecipeError(f"the recipe {path} is empty; expected lines of KEY: VALUE")
     if not isinstance(values, dict):
         raise RecipeError(f"the recipe {path} holds a {type(values).__name__}; expected lines of KEY: VALUE")
     values = dict(values)
@@ -206,7 +208,9 @@ def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
             values[key.strip()] = yaml.safe_load(text)
         except yaml.YAMLError:
             problems.append(f"{key.strip()} is {text!r}, which is no YAML value")
-    return make_recipe(values, origin=str(path), problems=problems)
+    return make_recipe(
+        values, origin=" ".join([str(path), *(["with"] if overrides else []), *overrides]), problems=problems
+    )
 
 
 def make_recipe(values: Mapping[str, Any], *, origin: str = "the recipe", problems: Sequence[str] = ()) -> Recipe:

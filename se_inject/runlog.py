@@ -76,6 +76,15 @@ class RunLog:
         if self._progress is not None:
             self._bar = self._progress.add_task(self._title, total=num_steps, completed=step, note="")
 
+    @contextlib.contextmanager
+    def showing(self, what: str) -> Iterator[None]:
+        """Show what is being done before the first step."""
+        self._loss = what
+        self._show()
+        yield
+        self._loss = ""
+        self._show()
+
     def advance(self) -> None:
         """A step is done."""
         if self._progress is not None and self._bar is not None:

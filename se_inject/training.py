@@ -157,7 +157,8 @@ class _Run:
         if found is not None:
             self._restore(found)
         else:
-            with quote_batch_size("batch_size", self.recipe.batch_size):
+            doing = "fitting the classifier" if self.job.fresh else "looking at the images"
+            with quote_batch_size("batch_size", self.recipe.batch_size), self.log.showing(doing):
                 self.recipe, self.dependence = calibrate(
                     self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
                 )

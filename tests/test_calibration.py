@@ -9,7 +9,7 @@ import torchvision
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from se_inject import inject
+from se_inject import calibration, inject
 from se_inject.calibration import calibrate
 from se_inject.datasets import open_data
 from se_inject.groups import iterate_batch_norms
@@ -167,6 +167,20 @@ def test_a_fresh_classifier_is_scikit_learns_logistic_regression(loader, batch_n
     errors = [float((own - torch.from_numpy(fit.coef_)).abs().max()) for fit in fits]
     assert min(errors) < 2e-3
     assert (answers == labels).float().mean() > 0.9
+
+
+def test_as_many_images_are_used_as_memory_has_room_for(loader, monkeypatch):
+    """Room for 20 images with scores of ten classes is a batch and a bit; for 9, there is not one of each class."""
+    used = []
+    for num in (20, 9):
+        monkeypatch.setattr(calibration, "_MAX_SCORES", 10 * num)
+        model = learn(loader)
+        kept = model.fc.weight.clone()
+        model.fc.register_forward_pre_hook(lambda _, args: used.append(len(args[0])))
+        used.clear()
+        settle(model, loader, replace(OPEN, batch_norm="train"), fresh=FRESH)
+        assert torch.equal(model.fc.weight, kept) == (num < 10)
+        assert sum(used[1:]) == (2 * loader.batch_size if num == 20 else 0)
 
 
 def test_a_fresh_classifier_without_a_bias_is_fitted(loader):

@@ -59,6 +59,7 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
     ("text", "message"),
     [
         ("- 1\n", "holds a list; expected lines of KEY: VALUE"),
+        ("# nothing yet\n", "is empty; expected lines of KEY: VALUE"),
         ("a: [1\n", "cannot be read: while parsing"),
         ("lr: .nan\n", "lr is nan; expected a number"),
         ("lr: true\n", "lr is True; expected a number"),
@@ -71,6 +72,11 @@ def test_a_file_that_is_no_recipe_gets_one_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(RecipeError, match=message):
         read_recipe(str(path))
+
+
+def test_what_was_overridden_is_named():
+    with pytest.raises(RecipeError, match=r"short\.yaml with lr=-1 epochs=0: epochs is 0.0; .*; lr is -1"):
+        read_recipe("short", ["lr=-1", "epochs=0"])
 
 
 @pytest.mark.parametrize("name", ["shrot", "mine.yaml", "mine.json"])

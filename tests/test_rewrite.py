@@ -362,6 +362,23 @@ def test_torchvisions_video_networks_get_blocks():
     assert_same_network(model, injected, torch.randn(2, 3, 4, 32, 32))
 
 
+def test_a_network_for_volumes_is_laid_out_with_the_channels_last():
+    model = nn.Sequential(nn.Conv3d(3, 16, 3), nn.BatchNorm3d(16), nn.ReLU())
+    injected = inject(model, at=["conv"], example=torch.zeros(2, 3, 8, 8, 8)).double()
+    (block,) = blocks(injected).values()
+    nn.init.normal_(block.fc2.weight)
+    x = torch.randn(2, 3, 8, 8, 8, dtype=torch.float64)
+    expected, shapes = injected(x), {name: p.shape for name, p in injected.named_parameters()}
+    expected.sum().backward()
+    parameters = dict(injected.named_parameters())
+    injected.to(memory_format=torch.channels_last_3d)
+    y = injected(x.contiguous(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(y, expected)
+    assert {name: p.shape for name, p in injected.named_parameters()} == shapes
+    assert all(parameters[name] is p and p.grad.shape == p.shape for name, p in injected.named_parameters())
+    assert injected.float()[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_detection_network_gets_blocks_in_its_backbone():
     model = torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None)

@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from sklearn.datasets import load_digits
 
-from se_inject import blocks, inject, load
+from se_inject import blocks, inject, load, make_plan
 from se_inject.budget import Budget, spend
 from se_inject.datasets import open_data
 from se_inject.errors import DataError, ModelError, OptionError
@@ -205,3 +206,15 @@ def test_bad_input_gets_one_line(run, args, message):  # noqa: F811
     assert code == 1
     assert message in err
     assert out == ""
+
+
+@pytest.mark.parametrize("command", ["plan", "inject"])
+def test_a_plan_for_images_of_other_channels_gets_one_line(run, command):  # noqa: F811
+    Path("rgb.json").write_text(make_plan(timm.create_model("resnet10t"), example=torch.zeros(1, 3, 32, 32)).to_json())
+    code, out, err = run(command, "resnet10t", "--no-pretrained", "--in-chans", "1", "--plan", "rgb.json")
+    assert code == 1
+    assert (
+        "ResNet does not run on an input of shape (2, 3, 32, 32), with which the plan was made: Given groups=1" in err
+    )
+    assert out == ""
+    assert not Path("resnet10t.pt").exists()

@@ -160,10 +160,11 @@ class SqueezeExcite(nn.Module):
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        return self.activate(self.fc2(F.relu(self.fc1(z[:, :, None, None]))).flatten(1))
+        # Flattened last: torch's quantisation takes what stands right before a sigmoid for its result, from 0 to 1.
+        return self.activate(self.fc2(F.relu(self.fc1(z[:, :, None, None])))).flatten(1)
 
     def activate(self, excited: Tensor) -> Tensor:
-        """Turn what the second layer gives, (N, C), into the gate."""
+        """Turn what the second layer gives, (N, C) or (N, C, 1, 1), into the gate."""
         if self.gate == "tanh":
             return 1 + torch.tanh(excited)
         gate = torch.sigmoid(excited) if self.gate == "sigmoid" else F.hardsigmoid(excited)

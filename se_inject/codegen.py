@@ -14,7 +14,7 @@ import inspect
 import math
 import os.path
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,13 +124,17 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     code = trace.graph.python_code("self")
     taken = {*trace.signature.parameters, *code.globals, type(owner).__name__}
     has_functional = "F" not in taken
-    names.update(code.globals)
+    plain = _unmangle(code.globals, taken)
+    names.update((plain.get(name, name), value) for name, value in code.globals.items())
     if has_functional:
         names["F"] = torch.nn.functional
     try:
         function = next(node for node in ast.parse(code.src).body if isinstance(node, ast.FunctionDef))
     except SyntaxError as error:
         raise TraceError(f"the name of a child cannot be written as code: {(error.text or '').strip()}") from error
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name):
+            node.id = plain.get(node.id, node.id)
     prettify = _Prettify(owner, has_functional=has_functional)
     statements = [prettify.visit(s) for s in map(_strip_annotation, function.body) if not _is_release(s)]
     reserved = {"self", *trace.signature.parameters, *names, *dir(builtins)}
@@ -142,6 +146,12 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     _rename(statements, parameters, reserved, layers)
     statements = [s for s in statements if not _is_self_assignment(s)]
     return _inline_return(statements)
+
+
+def _unmangle(names: Iterable[str], taken: Collection[str]) -> dict[str, str]:
+    """Rename globals, such as a class of `__main__`, that Python would take for private ones of the class."""
+    mangled = [name for name in names if name.startswith("__") and not name.endswith("__")]
+    return {name: name.lstrip("_") + "_" * (name.lstrip("_") in taken) for name in mangled}
 
 
 def _strip_annotation(statement: ast.stmt) -> ast.stmt:

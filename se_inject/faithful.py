@@ -130,7 +130,8 @@ def _walk_functions(kind: type, method: Callable[..., Any]) -> Iterator[Function
         seen.add(function)
         yield function
         for name in function.__code__.co_names:
-            found = inspect.getattr_static(kind, name, None) or function.__globals__.get(name)
+            found = inspect.getattr_static(kind, name, None)
+            found = function.__globals__.get(name) if found is None else found
             waiting.append(inspect.unwrap(found) if isinstance(found, FunctionType) else found)
 
 
@@ -177,8 +178,10 @@ def _follows_from_input(node: fx.Node) -> bool:
         return True
     if node.target is getattr:
         return bool(node.args[1] != "ndim")
-    if node.op == "call_method":
-        return node.target not in _FIXED_METHODS
+    if node.op == "call_method":  # an image may be handed as bytes, what comes after is of the layers' type
+        source: Any = node.args[0]
+        is_handed = node.target == "is_floating_point" and source.op == "placeholder"
+        return is_handed or node.target not in _FIXED_METHODS
     return any(_follows_from_input(n) for n in node.all_input_nodes)
 
 
@@ -193,7 +196,11 @@ def _is_channels(node: fx.Node) -> bool:
         source = shape.args[0] if is_shape or (shape.op == "call_method" and shape.target == "size") else None
     elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
         source, dim = node.args
-    value = source.meta["value"] if isinstance(source, fx.Node) else None
+    return is_channels(source.meta["value"] if isinstance(source, fx.Node) else None, dim)
+
+
+def is_channels(value: object, dim: object) -> bool:
+    """Tell whether a dimension of a value is the channels of a map (N, C, H, W), whose number is fixed."""
     if not is_map(value) or not isinstance(dim, int) or (find_channel_dim(value) is None and value.ndim != 4):
         return False
     return dim % value.ndim == get_channel_dim(value) != UNKNOWN

@@ -10,6 +10,7 @@ import inspect
 import itertools
 import linecache
 from types import CodeType, FrameType
+from typing import Any
 
 
 def find_user_frame() -> FrameType | None:
@@ -28,10 +29,13 @@ def find_place(frame: FrameType | None) -> tuple[CodeType, tuple[int | None, ...
 
 
 def read_user_code(frame: FrameType | None) -> str:
-    """Read the expression of the user's code that is being traced; empty if its line is not a statement of its own."""
+    """Read the expression of the user's code that is being traced; empty if its line is not one statement."""
     line = "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
     try:
-        statement = ast.parse(line.removeprefix("return ")).body[0]
-    except (SyntaxError, IndexError):
+        statement: Any = ast.parse(line.removeprefix("return ")).body[0]
+        while body := getattr(statement, "body", None):  # of `if self.has_shortcut: y = x + y`
+            (statement,) = body
+    except (SyntaxError, IndexError, ValueError, TypeError):
         return ""
-    return ast.unparse(statement.value if isinstance(statement, ast.Assign) and statement.value else statement)
+    is_more = isinstance(statement, (ast.Assign, ast.Return)) and statement.value
+    return ast.unparse(statement.value if is_more else statement)

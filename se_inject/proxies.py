@@ -58,6 +58,22 @@ class ValueProxy(fx.Proxy):
 
     __int__ = __index__
 
+    def __hash__(self) -> int:
+        value = self.node.meta.get("value")
+        if value is None or isinstance(value, Tensor):
+            return id(self)
+        self.tracer.note_condition(self.node)
+        return hash(value)
+
+    # Not noted as conditions: nearly all texts are those of assertions that hold.
+    def __str__(self) -> str:
+        value = self.node.meta.get("value")
+        return repr(self) if value is None or isinstance(value, Tensor) else str(value)
+
+    def __format__(self, form: str) -> str:
+        value = self.node.meta.get("value")
+        return format(repr(self) if value is None or isinstance(value, Tensor) else value, form)
+
     def __float__(self) -> float:
         self.tracer.note_condition(self.node)
         return float(self.node.meta["value"])
@@ -75,7 +91,8 @@ def _define_in_place(operation: str) -> None:
 
 
 # Without these `out += x` would be recorded as `out + x`, and whoever sees the same tensor would miss the sum.
-for _operation in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor"):
+_IN_PLACE = "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift"
+for _operation in _IN_PLACE.split():
     _define_in_place(_operation)
 
 

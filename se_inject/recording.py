@@ -6,10 +6,12 @@ values are at hand, code that asks for types, lengths and numbers of dimensions 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.calls import Call
-from se_inject.faithful import CONSTANT, find_odd_containers, get_modes
+from se_inject.faithful import CONSTANT, find_odd_containers, get_modes, is_channels
 from se_inject.frames import find_place, find_user_frame, read_user_code
 from se_inject.operations import Watch, Work
 from se_inject.proxies import ValueProxy, is_proxy
@@ -52,18 +54,20 @@ class ShallowTracer(fx.Tracer):
         self._unknown: list[fx.Node] = []
         self.fixed: dict[str, object] = {}
         self.containers: list[tuple[str, Any, Any]] = []
+        self._handed: dict[str, object] = {}
         self._twin = twin
         self._call = call
         self._executing = False
         self._modes: tuple[object, ...] | None = None
         self._flags: dict[str, object] = {}
+        self._code: CodeType | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
         """Treat every child as a leaf."""
         return True
 
     @property
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether what runs is not to be recorded: what a child does, or another thread's network.
 
         torch.fx replaces `nn.Module.__call__` and `__getattr__` for as long as it traces, and so for all threads.
@@ -81,7 +85,7 @@ class ShallowTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a child; while a child is being executed, its own children just run."""
-        if self._is_idle:
+        if self.is_idle:
             return forward(*args, **kwargs)
         result = super().call_module(m, forward, args, kwargs)
         for key, items in result.node.meta["changed"].items():
@@ -100,7 +104,7 @@ class ShallowTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Record the use of a parameter or buffer."""
-        return attr_val if self._is_idle else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return attr_val if self.is_idle else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Wrap a node in a proxy that knows its value."""
@@ -110,6 +114,8 @@ class ShallowTracer(fx.Tracer):
         """Record an operation and execute it."""
         if self._modes is not None and get_modes() != self._modes:
             self.doubts.append("its code switches gradients or autocast for a part of itself")
+        if self._is_in_child():
+            self.doubts.append("its code runs a method of a child that asks for the child's mode")
         node = super().create_node(kind, target, *rest, **options)
         if kind not in ("placeholder", "output"):
             try:
@@ -118,6 +124,18 @@ class ShallowTracer(fx.Tracer):
                 self.graph.erase_node(node)  # the code may catch it and go on
                 raise
         return node
+
+    def _is_in_child(self) -> bool:
+        """Tell whether the code of a child runs, not as a leaf, and reads its `training`, which is no proxy."""
+        frame = inspect.currentframe()
+        while frame is not None and self._code is not None and frame.f_code is not self._code:
+            first = frame.f_code.co_varnames[:1]
+            if "training" in frame.f_code.co_names and first:
+                module = frame.f_locals.get(first[0])
+                if issubclass(type(module), nn.Module) and module is not self.root:
+                    return True
+            frame = frame.f_back
+        return False
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into a node or a plain value."""
@@ -136,17 +154,18 @@ class ShallowTracer(fx.Tracer):
         for _ in range(2):
             caller = caller.f_back if caller else None
         module = caller.f_globals.get("__name__", "") if caller else ""
-        return not self._is_idle and not module.startswith(("torch.", "se_inject."))
+        return not self.is_idle and not module.startswith(("torch.", "se_inject."))
 
     def call_method(self, name: str, method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record the call of a method that is rewritten on its own, as `self.forward_features(x)`."""
-        return method(*args, **kwargs) if self._is_idle else self.create_proxy("call_module", name, args, kwargs)
+        return method(*args, **kwargs) if self.is_idle else self.create_proxy("call_module", name, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: Any, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """Make a proxy for each tensor that the method is handed."""
         self._modes = get_modes()  # those of the trace, whatever the caller's were when the tracer was made
         method = getattr(self.root, self.traced_func_name)
         self.signature = inspect.signature(method)
+        self._code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
         bound = self.signature.bind(*self._call.args, **self._call.kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
@@ -170,6 +189,7 @@ class ShallowTracer(fx.Tracer):
     def iter(self, obj: Any) -> Iterator[Any]:
         """Go through a tuple, or through the first dimension of a tensor."""
         value = obj.node.meta["value"]
+        self.note_length(obj.node)
         is_text = not isinstance(value, Tensor) and any(isinstance(item, str) for item in value)
         return iter([self.tell_text(v) if is_text and isinstance(v, str) else obj[i] for i, v in enumerate(value)])
 
@@ -177,6 +197,11 @@ class ShallowTracer(fx.Tracer):
         """Give a text, such as a device's type or a name that a child returned, as it was in the probe."""
         self.doubts.append("its code uses a text that depends on its input")
         return text
+
+    def note_length(self, node: fx.Node) -> None:
+        """Note that the code goes by the number of parts of a tensor, or of what one was cut into."""
+        if isinstance(node.meta["value"], Tensor) or _is_cut(node):
+            self.note_condition(node)
 
     def note_condition(self, node: fx.Node) -> None:
         """Note that the code asked for the value of a node."""
@@ -187,7 +212,8 @@ class ShallowTracer(fx.Tracer):
         is_default = not any(isinstance(x, Tensor) for x in leaves) and value == self.signature.parameters[name].default
         if is_default or not any(map(_is_open, leaves)):
             self.fixed[name] = value
-            return value
+            self._handed[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+            return self._handed[name]
         placeholder = self.create_proxy("placeholder", name, (), {})
         placeholder.node.meta.update(value=value, work=Work(), mutates=())
         if _is_open(value):
@@ -201,6 +227,8 @@ class ShallowTracer(fx.Tracer):
     def write_back(self) -> None:
         """Record what the code put into a list that it was handed, so that the caller sees it."""
         output = next(iter(reversed(self.graph.nodes)))
+        changed = [name for name, value in self.fixed.items() if not _same(self._handed[name], value)]
+        self.doubts += [f"it changes the {type(self.fixed[n]).__name__} {n!r} that it is handed" for n in changed]
         for name, opened, before in self.containers:
             if _same(opened, before):
                 continue
@@ -255,6 +283,19 @@ class ShallowTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = operator.attrgetter(target)(self.root)
         return value(*args, **kwargs) if node.op == "call_module" else value
+
+
+def _is_cut(node: fx.Node) -> bool:
+    """Tell whether a node cuts a tensor into as many parts as its size asks for, and not along its channels."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    cut: Any = node.args[0] if node.args else None
+    if name not in ("unbind", "split", "chunk") or not isinstance(cut, fx.Node):
+        return False
+    rest = [*node.args[1:], *(value for key, value in node.kwargs.items() if key != "dim")]
+    parts = None if name == "unbind" else rest.pop(0)
+    dim = node.kwargs.get("dim", rest[0] if rest else 0)
+    is_counted = isinstance(parts, int if name == "chunk" else (list, tuple))
+    return not is_counted and not is_channels(cut.meta["value"], dim)
 
 
 def _get_values(argument: Any) -> Any:

@@ -92,6 +92,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
             kept_attributes(owner),
             _opaque_methods(tracer, owner, entry.method),
             _noted_grad_reads(tracer),
+            _noted_mode_switches(tracer),
             _refused_functions(),
         ):
             graph = tracer.trace(owner)
@@ -168,6 +169,23 @@ def _noted_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
         yield
     finally:
         torch.is_grad_enabled = original
+
+
+@contextmanager
+def _noted_mode_switches(tracer: ShallowTracer) -> Iterator[None]:
+    """Note that code puts a module into train or eval mode, which is no operation that a graph holds."""
+    original = nn.Module.train
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002  torch's
+        if not tracer.is_idle:
+            tracer.doubts.append("its code puts a module into train or eval mode")
+        return original(self, mode)
+
+    nn.Module.train = train  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.train = original  # type: ignore[method-assign]
 
 
 @contextmanager

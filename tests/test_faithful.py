@@ -1,5 +1,6 @@
 """Code that a graph would follow for one input, one draw or one mode alone is passed over with the reason."""
 
+import copy
 import inspect
 import random
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 
 from se_inject import blocks, inject, make_plan
 from se_inject.errors import EmptyPlanError, ModelError, SEInjectError
+from se_inject.plan import Plan
 from tests import nets
 from tests.equality import assert_same_network
 from tests.oracle import count_merges
@@ -115,7 +117,45 @@ def return_ordered(self, x):
     return OrderedDict(out=x + self.branch(x))
 
 
+def cut_batch(self, x):
+    out = []
+    for image in x.split(1, 0):
+        out.append(image + self.branch(image))  # noqa: PERF401
+    return torch.cat(out)
+
+
+def go_through_images(self, x):
+    out = []
+    for image in x:
+        out.append(image[None] + self.branch(image[None]))  # noqa: PERF401
+    return torch.cat(out)
+
+
+def look_up_height(self, x):
+    return x + self.branch(x) * (2 if x.shape[2] in {16, 24} else 3)
+
+
+def freeze_child(self, x):
+    self.bn1.eval()
+    return x + self.branch(x)
+
+
+def call_childs_forward(self, x):
+    return x + self.bn1.forward(self.conv1(x))
+
+
+def take_bytes(self, x):
+    x = x if x.is_floating_point() else x / 255
+    return x + self.branch(x)
+
+
 KEPT = {
+    cut_batch: "for image in x.split(1, 0)",
+    go_through_images: "for image in x:",
+    look_up_height: "if x.shape[2] in {16, 24} else 3",
+    freeze_child: "self.bn1.eval()",
+    call_childs_forward: "self.bn1.forward(self.conv1(x))",
+    take_bytes: "if x.is_floating_point() else x / 255",
     draw_torch: "torch.rand(1).item() < 0.5",
     draw_python: "* random.uniform(0.9, 1.1)",
     draw_numpy: "* float(np.random.rand())",
@@ -161,8 +201,80 @@ def test_what_a_graph_would_leave_out_stays_in_the_source(forward):
         np.random.set_state(states[1])
         torch.manual_seed(0)
         x = torch.randn(X)
-        outputs.append([model.train(mode)(y) for mode in (False, True) for y in (x, x[..., :8, :8])])
+        outputs.append([model.train(mode)(y) for mode in (False, True) for y in (x, x[..., :8, :8], x[:1])])
     assert all(map(torch.equal, *outputs))
+
+
+def one_line(self, x):
+    if self.is_on: x = x + self.branch(x)  # fmt: skip  # noqa: E701
+    return x
+
+
+def test_a_plan_with_a_merge_on_a_line_with_its_condition_is_read_back():
+    plan = make_plan(block(one_line, is_on=True))
+    assert plan.sites[0].merge == "x + self.branch(x)"
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_an_alias_sees_what_an_in_place_remainder_wrote():
+    def forward(self, x):
+        out = alias = self.branch(x)
+        out %= 1.0
+        return x + alias
+
+    net = block(forward)
+    assert_same_network(net, inject(net), torch.randn(X))
+
+
+def test_texts_hold_the_values():
+    texts = []
+
+    def forward(self, x):
+        texts.append(f"{x.shape[2]:03} {x.shape[3]}" + str(x.dtype))
+        return x + self.branch(x)
+
+    assert [site.owner for site in make_plan(block(forward)).sites] == ["1", "2"]
+    assert set(texts) == {"224 224torch.float32"}
+
+
+def test_a_list_that_was_empty_at_the_example_is_filled():
+    class Collecting(nets.Residual):
+        def forward(self, x, seen):
+            out = x + self.branch(x)
+            seen.append(out)
+            return out
+
+    original = Collecting().eval()
+    injected = inject(original, example=(torch.randn(2, 16, 8, 8), []))
+    for seen in ([], [None]):
+        expected, x = [*seen], torch.randn(2, 16, 8, 8)
+        assert torch.equal(original(x, expected), injected(x, seen))
+        assert torch.equal(seen[-1], expected[-1])
+    copy.deepcopy(injected)
+
+
+def test_a_class_of_the_main_program_is_returned(monkeypatch):
+    monkeypatch.setattr(Pair, "__module__", "__main__")
+    net = nn.Sequential(nets.conv(3, 16), nets.Residual())
+
+    class Both(nets.Residual):
+        def forward(self, x):
+            return Pair(x, x + self.branch(x))
+
+    injected = inject(net.append(Both()))
+    assert "return Pair" in inspect.getsource(type(injected[2])).replace("main___", "")
+    left, right = injected(x := torch.randn(X))
+    assert torch.equal(right, net(x).right)
+    assert torch.equal(left, net(x).left)
+
+
+def test_an_array_of_the_class_may_be_read():
+    def forward(self, x):
+        return x + self.branch(x) * float(self.shares[0])
+
+    net = block(forward)
+    type(net[1]).shares = np.array([0.5, 0.25])
+    assert_same_network(net, inject(net), torch.randn(X))
 
 
 @pytest.mark.parametrize("forward", REASONS, ids=lambda f: f.__name__)

@@ -6,6 +6,8 @@ Each command takes its options, calls the stages and prints. Expected failures b
 
 from __future__ import annotations
 
+import errno
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,8 +82,19 @@ for _name, _command in {
 
 def main() -> None:
     """Run the command line; expected failures end with one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of classes in any letters
     try:
         app()
     except SEInjectError as error:
-        console.stderr.print(f"[bold red]error:[/] {escape(' '.join(str(error).split()))}")
-        sys.exit(1)
+        _fail(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the output cannot be written: {error.strerror}")
+
+
+def _fail(message: str) -> None:
+    console.stderr.print(f"[bold red]error:[/] {escape(message)}")
+    sys.exit(1)

@@ -77,7 +77,7 @@ def run_report(
     with console.show_passes("report") as tell:
         report = make_report(model, validation, wishes, tell=tell)
     page = make_page(report)
-    write_whole(out, lambda file: file.write(page.encode()))
+    write_whole(out, lambda file: file.write(page.encode(errors="replace")))
     if png is not None:
         console.talk(f"wrote {len(write_figures(report, png))} figures to {png}, as .png and .svg")
     if as_json:

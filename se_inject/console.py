@@ -39,7 +39,8 @@ _GAP = 2
 _NUM_CLASSES = 20
 """Classes that are shown to a person."""
 # A pipe has no width of its own; rich would take 80 columns, in which long paths do not fit.
-_width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
+_is_terminal = sys.stdout is not None and sys.stdout.isatty()  # it is None where it was closed
+_width = None if _is_terminal or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
 stdout = Console(highlight=False, emoji=False, width=_width)
 stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 

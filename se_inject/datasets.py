@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -123,6 +124,7 @@ def open_data(
     if not root.is_dir():
         known = ", ".join(prefix + "..." for prefix in _PREFIXES)
         raise DataError(f"there is no folder {name}; expected a folder of images, or a name of timm's: {known}")
+    _check_readable(root)
     train, val = _find_parts(root)
     if (train is None) != (val is None) and not (is_evaluation and val is not None):
         found, other = (train, VAL[0]) if train is not None else (val, TRAIN[0])
@@ -158,7 +160,17 @@ def _is_class(folder: Path) -> bool:
     return bool(others) and not any(f.is_dir() for f in folder.iterdir())
 
 
+def _check_readable(folder: Path) -> None:
+    """Refuse folders that may not be read: what is in them would be passed over, or they would count as empty."""
+    is_open = os.access(folder, os.R_OK | os.X_OK)
+    found = [f for f in folder.iterdir() if f.is_dir()] if is_open else [folder]
+    locked = [str(f) for f in found if not os.access(f, os.R_OK | os.X_OK)]
+    if locked:
+        raise DataError(f"{_count(locked, 'folder')} not readable, for want of rights: {_shorten(locked)}")
+
+
 def _open_folder(folder: Path, mode: str) -> Dataset[Any]:
+    _check_readable(folder)
     try:
         with _reading_all_formats():
             images: Dataset[Any] = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)

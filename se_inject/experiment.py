@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -31,9 +32,10 @@ from se_inject.recipe import Recipe
 from se_inject.records import compute_digest
 from se_inject.rewrite import copy_model, get_plan
 from se_inject.runlog import RunLog
+from se_inject.signals import Signals
 from se_inject.start import Start
 from se_inject.tasks import make_teacher
-from se_inject.training import Job, Outcome, train
+from se_inject.training import InterruptedTrainingError, Job, Outcome, train
 from se_inject.world import World
 
 try:
@@ -134,10 +136,16 @@ def run_experiment(
     world.wait()
     results = []
     tuned: nn.Module | None = None
-    for seed, arm in request.runs:
-        result, model = _run_arm(experiment, arm, seed, world, progress)
-        results.append(result)
-        tuned = model if tuned is None else tuned
+    with Signals() as signals:
+        for seed, arm in request.runs:
+            result, model = _run_arm(experiment, arm, seed, world, progress)
+            results.append(result)
+            tuned = model if tuned is None else tuned
+            is_asked = bool(world.add_up(torch.tensor(int(signals.is_asked), device=world.device)))
+            if is_asked and len(results) < len(request.runs):
+                raise InterruptedTrainingError(
+                    f"stopped after {len(results)} of {len(request.runs)} runs; the same command with --resume goes on"
+                )
     assert tuned is not None
     return results, tuned
 

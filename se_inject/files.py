@@ -33,6 +33,8 @@ STATE_SUFFIXES = (*SUFFIXES, ".th", ".bin", ".ckpt", ".tar")
 """Of other people's state dicts; all but the third are what torch writes."""
 _METADATA_KEY = "se_inject"
 _ZIP = b"PK\x03\x04"
+_PART = "..01234567.part"
+"""What is added to the name of a file while it is written."""
 _STALE = 3600.0
 """Seconds since its last change after which a part is taken for one whose writer was killed."""
 
@@ -211,7 +213,8 @@ def check_target(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
     """Refuse a target that could not be written in the end.
 
     Raises:
-        ArtifactError: The suffix names no format, or there is no such folder, or no right to write in it.
+        ArtifactError: The suffix names no format, or there is no such folder, or no right to write in it, or the file
+            is there and read-only, or its name is too long.
     """
     check_suffix(path, suffixes)
     if not path.parent.is_dir():
@@ -220,6 +223,11 @@ def check_target(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
         raise ArtifactError(
             f"{path} cannot be written: {'it is a folder' if path.is_dir() else 'no right to write there'}"
         )
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ArtifactError(f"{path} cannot be written: it is read-only")
+    most = os.pathconf(path.parent, "PC_NAME_MAX") - len(_PART) if hasattr(os, "pathconf") else len(path.name)
+    if len(os.fsencode(path.name)) > most:
+        raise ArtifactError(f"{path} cannot be written: its name may have {most} bytes")
 
 
 def check_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:

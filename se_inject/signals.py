@@ -8,7 +8,10 @@ from typing import Any
 
 
 class Signals:
-    """Take Ctrl-C and a request to end as a wish, to be fulfilled between two steps; the second Ctrl-C is at once."""
+    """Take Ctrl-C and a request to end as a wish, to be fulfilled between two steps; the second Ctrl-C is at once.
+
+    One within another shares its wish: what comes in a run's last moments is there when the next run begins.
+    """
 
     def __init__(self) -> None:
         self.is_asked = False
@@ -18,7 +21,12 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
+        self.is_asked = any(outer.is_asked for outer in self._get_outer())
         return self
+
+    def _get_outer(self) -> set[Signals]:
+        owners = {getattr(handler, "__self__", None) for handler in self._before.values()}
+        return {owner for owner in owners if isinstance(owner, Signals)}
 
     def _ask(self, number: int, _: object) -> None:
         if self.is_asked and number == signal.SIGINT:
@@ -28,3 +36,5 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        for outer in self._get_outer():
+            outer.is_asked |= self.is_asked

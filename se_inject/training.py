@@ -256,7 +256,7 @@ class _Run:
             self.step,
             epoch=self.step / job.train.num_steps,
             stage=stage.name,
-            loss=loss.item(),
+            loss=float(job.world.add_up(loss.clone()) / job.world.size),
             rates={str(group["name"]): float(group["lr"]) for group in optimizer.param_groups},
             images_per_second=self._compute_rate(),
         )

@@ -257,6 +257,17 @@ def test_help_lists_the_verbs_without_importing_torch(tmp_path):
     assert all(verb in done.stdout for verb in ("inject", "plan", "predict", "demo"))
 
 
+@pytest.mark.parametrize(
+    ("where", "code", "message"), [(">&-", 0, ""), (">/dev/full", 1, "error: the output cannot be")]
+)
+def test_an_output_that_takes_nothing_is_no_traceback(where, code, message):
+    program = f"{sys.executable} -m se_inject --version {where}"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+
+
 def test_importing_the_package_does_not_import_torch():
     script = "import sys, se_inject; assert 'torch' not in sys.modules; dir(se_inject); se_inject.SEInjectError"
     subprocess.run([sys.executable, "-c", script + "; assert 'torch' not in sys.modules"], check=True)

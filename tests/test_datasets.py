@@ -264,6 +264,15 @@ def test_a_class_without_images_is_refused(tmp_path, part):
         open_data(str(tmp_path))
 
 
+@pytest.mark.parametrize("locked", ["train/cat", "val", "."])
+def test_folders_that_may_not_be_read_are_not_taken_for_empty_ones(tmp_path, monkeypatch, locked):
+    make_two_folders(tmp_path)
+    path, access = tmp_path / locked, os.access
+    monkeypatch.setattr(os, "access", lambda asked, mode: asked != path and access(asked, mode))  # root may read all
+    with pytest.raises(DataError, match=f"1 folder is not readable, for want of rights: {path}"):
+        open_data(str(tmp_path))
+
+
 def test_images_beside_the_classes_are_refused(tmp_path):
     make_two_folders(tmp_path)
     make_image(0).save(tmp_path / "train" / "stray.png")

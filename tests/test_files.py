@@ -1,3 +1,4 @@
+import os
 import pickle
 import zipfile
 
@@ -119,3 +120,15 @@ def test_a_target_that_cannot_be_written_is_refused_early(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(ArtifactError, match="it is a folder"):
         check_target(tmp_path / "folder.pt")
+
+
+def test_a_target_that_could_not_be_replaced_is_refused_early(tmp_path, monkeypatch):
+    check_target(tmp_path / f"{'x' * 237}.pt")
+    write_whole(tmp_path / f"{'x' * 237}.pt", lambda file: file.write(b"new"))
+    with pytest.raises(ArtifactError, match="its name may have 240 bytes"):
+        check_target(tmp_path / f"{'x' * 238}.pt")
+    path = tmp_path / "kept.pt"
+    path.touch()
+    monkeypatch.setattr(os, "access", lambda asked, _: asked != path)
+    with pytest.raises(ArtifactError, match=r"kept\.pt cannot be written: it is read-only"):
+        check_target(path)

@@ -301,7 +301,11 @@ def test_two_processes_end_as_one_does(data, tmp_path):
     results = [json.loads((tmp_path / "runs" / n / "result.json").read_text()) for n in ("one", "two")]
     assert len(results[0]["hits"]) == len(results[1]["hits"]) == 40
     assert abs(results[0]["top1"] - results[1]["top1"]) <= 2.5
-    assert [line["step"] for line in read_metrics(tmp_path / "runs" / "two" / METRICS) if "top1" in line] == [0, 7, 14]
+    lines = [read_metrics(tmp_path / "runs" / name / METRICS) for name in ("one", "two")]
+    assert [line["step"] for line in lines[1] if "top1" in line] == [0, 7, 14]
+    losses = [[line["loss"] for line in of_run if "loss" in line] for of_run in lines]  # of all images of a step
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert len(losses[0]) >= 1
 
 
 def test_a_process_that_dies_stops_the_run_which_then_goes_on(data, tmp_path):

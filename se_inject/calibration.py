@@ -57,7 +57,7 @@ def calibrate(
     **A classifier that was replaced** is fitted to the frozen features (regularised logistic regression, by L-BFGS), as
     random weights would send random gradients into a trained backbone (Kumar et al., arXiv 2202.10054). The strength
     of the penalty, and the choice of the statistics, are made on every fourth image, which the fit has not seen. With
-    more than 16,384 classes, of which memory has no image each, it stays as it is.
+    more than 16,384 classes, which want more images than memory has room for, it stays as it is.
 
     **The temperature of the loss** (`label_temperature: 0`). A network that was trained to the end is surer than it is
     right (Guo et al., arXiv 1706.04599). On images that differ from those it knows, its few confident errors then have

@@ -105,7 +105,8 @@ def _compute_digest(values: Mapping[str, Any]) -> str:
 def _compare(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     found = []
     unknown = {"network"} - set(before)  # a run of an older version did not write it down
-    for key in sorted({*before, *now} - unknown):
+    same = before.get("digest") == now.get("digest") is not None
+    for key in sorted({*before, *now} - unknown - ({"origin"} if same else set())):  # images may have moved
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += _compare(old, new, f"{prefix}{key}.")

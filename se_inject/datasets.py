@@ -66,9 +66,14 @@ class Data:
         return self.num_classes > 0
 
     def describe(self) -> dict[str, Any]:
-        """Turn into plain values that tell one set of images from another."""
-        names = [list_names(part) for part in (self.train, self.val) if part is not None]
-        digest = hashlib.sha256(json.dumps([names, self.classes]).encode()).hexdigest()[:16]
+        """Turn into plain values that tell one set of images from another, wherever it lies.
+
+        The digest is over the images' names in their folders; where they have none, over what they were made from.
+        """
+        names = [["/".join(Path(name).parts[-2:]) for name in list_names(part)] for part in self.parts]
+        are_files = any("/" in name for of_part in names for name in of_part[:1])
+        told = [names, self.classes] if are_files else [names, self.classes, self.origin]
+        digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
         return {"origin": self.origin, "num_classes": self.num_classes, "sizes": [*map(count_images, self.parts)],
                 "digest": digest}  # fmt: skip
 

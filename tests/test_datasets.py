@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from torchvision.datasets import FakeData
 
 from se_inject.contents import count_images, get_name, list_classes, list_targets
-from se_inject.datasets import open_data
+from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError
 from tests.images_on_disk import make_folder, make_image, make_shards, make_two_folders
 
@@ -105,6 +105,27 @@ def test_the_split_is_a_function_of_the_seed(tmp_path):
     assert first.split != other.split
     assert first.describe() == again.describe()
     assert first.describe()["digest"] != other.describe()["digest"]
+
+
+@pytest.mark.parametrize("make", [make_folder, make_two_folders])
+def test_images_are_the_same_wherever_they_lie(tmp_path, monkeypatch, make):
+    make(tmp_path / "data")
+    expected = open_data(str(tmp_path / "data")).describe()
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "data/", "./data"):
+        assert open_data(name).describe()["digest"] == expected["digest"]
+    Path("data").rename("moved")
+    moved = open_data("moved").describe()
+    assert (moved["digest"], moved["origin"]) == (expected["digest"], "moved")
+    image = next(Path("moved").rglob("cat/*"))
+    image.rename(image.with_stem("other"))
+    assert open_data("moved").describe()["digest"] != expected["digest"]
+
+
+def test_what_has_no_files_is_told_by_its_name():
+    parts = [Subset(FakeData(4, num_classes=2), [0, 1, 2])] * 2
+    one, other = (Data(*parts, ("a", "b"), 2, origin).describe()["digest"] for origin in ("torch/a", "torch/b"))
+    assert one != other
 
 
 def test_the_split_is_written_down(tmp_path):

@@ -363,6 +363,17 @@ def test_a_run_that_is_over_is_not_run_again(digits, tmp_path):
     assert_same_states(again.model.state_dict(), whole.model.state_dict())
 
 
+def test_a_run_goes_on_with_images_that_were_moved(digits, tmp_path):
+    def make(**data):
+        job = make_job(digits)
+        return replace(job, settings={**job.settings, "data": data})
+
+    whole = run(make(origin="here", digest="a"), tmp_path / "run")
+    assert run(make(origin="there", digest="a"), tmp_path / "run", resume=True).seconds == whole.seconds
+    with pytest.raises(TrainingError, match=r"data.digest was 'a' and is 'b'; data.origin was 'here' and is 'there'"):
+        run(make(origin="there", digest="b"), tmp_path / "run", resume=True)
+
+
 def test_another_run_is_not_gone_on_with(digits, tmp_path):
     run(make_job(digits), tmp_path / "run")
     with pytest.raises(TrainingError, match=r"is of another run: recipe.lr was 0.02 and is 0.5; .*--run"):

@@ -247,13 +247,16 @@ class _Watch(TorchFunctionMode):
 
     def _note_question(self, leaves: Iterable[Tensor]) -> None:
         """Note that something else than the layer itself asks for a shape or a type: `x.to(self.bn.weight.dtype)`."""
-        if not any(id(x) in self._owners for x in leaves):
-            return
+        if any(id(x) in self._owners for x in leaves):
+            asking = self._find_running()
+            self.note_use(x for x in leaves if asking not in self._owners.get(id(x), ()))
+
+    def _find_running(self) -> str | None:
+        """Find the module whose own code is running."""
         frame = inspect.currentframe()
         while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
             frame = frame.f_back
-        asking = self._paths.get(id(frame.f_locals["self"])) if frame is not None else None
-        self.note_use(x for x in leaves if asking not in self._owners.get(id(x), ()))
+        return None if frame is None else self._paths.get(id(frame.f_locals["self"]))
 
     def note_reader(self, x: object, norm: str | None) -> None:
         """Note that something reads a tensor: a batch norm, or anything else."""
@@ -262,10 +265,10 @@ class _Watch(TorchFunctionMode):
             self.readers[made.path].add(norm)
 
     def _find_norm(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Find the layer whose batch norm this is: by its statistics, and with its own weight, bias and epsilon."""
+        """Find the layer whose batch norm this is: by its own code, its statistics, weight, bias and epsilon."""
         given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
         path, norm = self._means.get(id(given.get("running_mean")), ("", None))
-        if norm is None or given.get("training"):
+        if norm is None or given.get("training") or self._find_running() != path:
             return None
         own = (norm.running_var, norm.weight, norm.bias)
         is_own = all(given.get(name) is x for name, x in zip(("running_var", "weight", "bias"), own, strict=True))

@@ -492,6 +492,9 @@ READS = {
     "a type": lambda net, y: y.to(net.body.conv3.weight.dtype),
     "a shape": lambda net, y: y[:, : net.body.bn3.weight.shape[0]],
     "channels": lambda net, y: y[:, : min(net.body.bn3.num_features, net.body.conv3.out_channels)],
+    "a norm as a function": lambda net, y: nn.functional.batch_norm(
+        y, net.other.running_mean, net.other.running_var, net.other.weight, net.other.bias
+    ),
     "another epsilon": lambda net, y: nn.functional.batch_norm(
         y, net.other.running_mean, net.other.running_var, eps=1.0
     ),

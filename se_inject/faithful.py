@@ -110,6 +110,13 @@ def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
     return "its code asks for a mode other than by a plain `self.training`" if asks else ""
 
 
+def find_identity(owner: nn.Module, method: Callable[..., Any]) -> str:
+    """Find code that asks whether something is None, or another object, which a proxy is not."""
+    functions = _walk_functions(type(owner), method)
+    asks = any(i.opname == "IS_OP" or "NONE" in i.opname for f in functions for i in dis.get_instructions(f))
+    return "its code may ask whether what a child returns is None" if asks else ""
+
+
 def lists_children(kind: type[nn.Module], name: str) -> bool:
     """Tell whether a method of a class goes through the children, whatever they are, and would run one more."""
     if issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):

@@ -28,11 +28,17 @@ class ValueProxy(fx.Proxy):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        node = vars(self).get("node")  # an attribute has its node made when it is first used
-        is_tensor = node is not None and isinstance(node.meta.get("value"), Tensor)
+        value = _peek(self)
         frame = inspect.currentframe()
-        is_told = is_tensor and (frame is None or frame.f_back is None or _is_asked_by_python(frame.f_back))
-        return torch.Tensor if is_told else ValueProxy
+        asking = frame.f_back if frame else None
+        if asking is None or not isinstance(value, (Tensor, tuple, list, dict)) or not _is_asked_by_python(asking):
+            return ValueProxy
+        if isinstance(value, Tensor):
+            return torch.Tensor
+        if asking.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
+            return ValueProxy  # torch.fx goes through containers, and this is one node
+        self.tracer.note_condition(self.node)  # a child may give another one in the other mode
+        return type(value)
 
     def __getattr__(self, name: str) -> Any:
         node = vars(self).get("node")
@@ -125,7 +131,7 @@ def _find_other_calls(code: CodeType) -> frozenset[int]:
 
 def _peek(proxy: Any) -> Any:
     """Return the value that a proxy stands for, without recording that an attribute was used."""
-    if isinstance(proxy, Attribute):
+    if issubclass(type(proxy), Attribute):  # `isinstance` would ask for the class that is told by this value
         return getattr(_peek(proxy.root), proxy.attr)
     node = vars(proxy).get("node")
     return None if node is None else node.meta.get("value")

@@ -24,6 +24,7 @@ from se_inject.faithful import (
     CONSTANT,
     SHAPE_READS,
     find_condition,
+    find_identity,
     find_mode_read,
     kept_attributes,
     kept_random_state,
@@ -129,7 +130,10 @@ def _explain(error: Exception) -> str:
 
 def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, method: Callable[..., Any]) -> None:
     """Note all that the graph would leave out."""
-    tracer.doubts += filter(None, (find_mode_read(owner, method), find_condition(tracer.conditions)))
+    returned = (n for n in graph.nodes if n.op == "call_module" or n.target is operator.getitem)
+    has_none = any(n.meta.get("value", n) is None for n in returned)
+    asked = find_identity(owner, method) if has_none else ""  # of a proxy, which is not None
+    tracer.doubts += filter(None, (find_mode_read(owner, method), find_condition(tracer.conditions), asked))
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         tracer.doubts.append("it makes a constant tensor while it runs")
 

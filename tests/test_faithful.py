@@ -237,6 +237,40 @@ def test_texts_hold_the_values():
     assert set(texts) == {"224 224torch.float32"}
 
 
+@pytest.mark.parametrize("is_none", [True, False])
+def test_a_child_that_returns_nothing_is_known(is_none):
+    class Pair(nn.Module):
+        def forward(self, x):
+            return 2 * x, None if is_none else 3 * x
+
+    def forward(self, x):
+        x, other = self.pair(x)
+        if other is not None:
+            x = x + other
+        return x + self.branch(x)
+
+    net = block(forward, pair=Pair())
+    assert_same_network(net, inject(net), torch.randn(X))
+
+
+@pytest.mark.parametrize("kind", [dict, list, tuple])
+def test_the_kind_of_container_that_a_child_returns_is_known(kind):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return {"out": 2 * x} if kind is dict else kind([x, 2 * x])
+
+    def forward(self, x):
+        found = self.twice(x)
+        if isinstance(found, dict):
+            x = x + found["out"]
+        elif isinstance(found, (list, tuple)):
+            x = x - found[-1]
+        return x + self.branch(x)
+
+    net = block(forward, twice=Twice())
+    assert_same_network(net, inject(net), torch.randn(X))
+
+
 def test_a_list_that_was_empty_at_the_example_is_filled():
     class Collecting(nets.Residual):
         def forward(self, x, seen):

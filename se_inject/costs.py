@@ -5,7 +5,6 @@ Takes an injected model and its plan, gives exact counts: parameters, bytes, mul
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +64,6 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     num_images = next(x.shape[0] for x in tree_leaves((call.args, call.kwargs)) if isinstance(x, Tensor))
     flops: int | None = None
     with (
-        suppress(*DATA_DEPENDENT),
         FlopCounterMode(display=False) as counter,
         set_training(twin.model, False),
         quiet(),
@@ -74,14 +72,14 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     ):
         try:
             twin.model(*call.args, **call.kwargs)
+            flops = counter.get_total_flops() // num_images
         except DATA_DEPENDENT:
-            raise
+            pass
         except Exception as error:
             raise PlanError(
                 f"{type(model).__name__} does not run on an input of {describe_shapes(call)}, with which the plan was "
                 f"made: {get_first_line(error)}; make a new plan for this network"
             ) from error
-        flops = counter.get_total_flops() // num_images
     return Costs(
         parameters=sum(p.numel() for p in model.parameters()),
         size=sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())),

@@ -104,6 +104,19 @@ def reads_mode(conditions: Iterable[fx.Node]) -> bool:
     return False
 
 
+def is_cut(node: fx.Node) -> bool:
+    """Tell whether a node cuts a tensor into as many parts as its size asks for, and not along its channels."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    cut: Any = node.args[0] if node.args else None
+    if name not in ("unbind", "split", "chunk") or not isinstance(cut, fx.Node):
+        return False
+    rest = [*node.args[1:], *(value for key, value in node.kwargs.items() if key != "dim")]
+    parts = None if name == "unbind" else rest.pop(0)
+    dim = node.kwargs.get("dim", rest[0] if rest else 0)
+    is_counted = isinstance(parts, int if name == "chunk" else (list, tuple))
+    return not is_counted and not _is_channel_dim(cut.meta["value"], dim)
+
+
 def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
     """Find code that asks for a mode in a way that a proxy cannot answer: `is True`, or a child's flag."""
     asks = any(map(_asks_oddly, _walk_functions(type(owner), method)))
@@ -203,10 +216,10 @@ def _is_channels(node: fx.Node) -> bool:
         source = shape.args[0] if is_shape or (shape.op == "call_method" and shape.target == "size") else None
     elif node.op == "call_method" and node.target == "size" and len(node.args) == 2:
         source, dim = node.args
-    return is_channels(source.meta["value"] if isinstance(source, fx.Node) else None, dim)
+    return _is_channel_dim(source.meta["value"] if isinstance(source, fx.Node) else None, dim)
 
 
-def is_channels(value: object, dim: object) -> bool:
+def _is_channel_dim(value: object, dim: object) -> bool:
     """Tell whether a dimension of a value is the channels of a map (N, C, H, W), whose number is fixed."""
     if not is_map(value) or not isinstance(dim, int) or (find_channel_dim(value) is None and value.ndim != 4):
         return False

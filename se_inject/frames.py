@@ -12,6 +12,8 @@ import linecache
 from types import CodeType, FrameType
 from typing import Any
 
+from torch import nn
+
 
 def find_user_frame() -> FrameType | None:
     """Return the innermost frame that is neither torch's nor ours."""
@@ -19,6 +21,24 @@ def find_user_frame() -> FrameType | None:
     while frame is not None and frame.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
         frame = frame.f_back
     return frame
+
+
+def runs_childs_method(code: CodeType, owner: nn.Module) -> bool:
+    """Tell whether an owner's code has called into a child, not as a leaf, whose code reads its own `training`.
+
+    Args:
+        code: Of the owner's method that is being traced.
+        owner: Whose `training` is a proxy; a child's is not.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        first = frame.f_code.co_varnames[:1]
+        if "training" in frame.f_code.co_names and first:
+            module = frame.f_locals.get(first[0])
+            if issubclass(type(module), nn.Module) and module is not owner:
+                return True
+        frame = frame.f_back
+    return False
 
 
 def find_place(frame: FrameType | None) -> tuple[CodeType, tuple[int | None, ...]] | None:

@@ -53,10 +53,8 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __len__(self) -> int:
-        value = self.node.meta["value"]
-        if isinstance(value, Tensor):
-            self.tracer.note_condition(self.node)
-        return len(value)
+        self.tracer.note_length(self.node)
+        return len(self.node.meta["value"])
 
     def __index__(self) -> int:
         self.tracer.note_condition(self.node)
@@ -73,12 +71,12 @@ class ValueProxy(fx.Proxy):
 
     # Not noted as conditions: nearly all texts are those of assertions that hold.
     def __str__(self) -> str:
-        value = self.node.meta.get("value")
-        return repr(self) if value is None or isinstance(value, Tensor) else str(value)
+        value = _peek(self)
+        return repr(self) if isinstance(value, Tensor) else str(value)
 
     def __format__(self, form: str) -> str:
-        value = self.node.meta.get("value")
-        return format(repr(self) if value is None or isinstance(value, Tensor) else value, form)
+        value = _peek(self)
+        return format(repr(self) if isinstance(value, Tensor) else value, form)
 
     def __float__(self) -> float:
         self.tracer.note_condition(self.node)

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from se_inject.calls import Call
-from se_inject.faithful import CONSTANT, find_odd_containers, get_modes, is_channels
-from se_inject.frames import find_place, find_user_frame, read_user_code
+from se_inject.faithful import CONSTANT, find_odd_containers, get_modes, is_cut
+from se_inject.frames import find_place, find_user_frame, read_user_code, runs_childs_method
 from se_inject.operations import Watch, Work
 from se_inject.proxies import ValueProxy, is_proxy
 from se_inject.twin import Twin
@@ -114,7 +114,7 @@ class ShallowTracer(fx.Tracer):
         """Record an operation and execute it."""
         if self._modes is not None and get_modes() != self._modes:
             self.doubts.append("its code switches gradients or autocast for a part of itself")
-        if self._is_in_child():
+        if self._code is not None and runs_childs_method(self._code, self.root):
             self.doubts.append("its code runs a method of a child that asks for the child's mode")
         node = super().create_node(kind, target, *rest, **options)
         if kind not in ("placeholder", "output"):
@@ -124,18 +124,6 @@ class ShallowTracer(fx.Tracer):
                 self.graph.erase_node(node)  # the code may catch it and go on
                 raise
         return node
-
-    def _is_in_child(self) -> bool:
-        """Tell whether the code of a child runs, not as a leaf, and reads its `training`, which is no proxy."""
-        frame = inspect.currentframe()
-        while frame is not None and self._code is not None and frame.f_code is not self._code:
-            first = frame.f_code.co_varnames[:1]
-            if "training" in frame.f_code.co_names and first:
-                module = frame.f_locals.get(first[0])
-                if issubclass(type(module), nn.Module) and module is not self.root:
-                    return True
-            frame = frame.f_back
-        return False
 
     def create_arg(self, a: Any) -> Any:
         """Turn an argument into a node or a plain value."""
@@ -200,7 +188,7 @@ class ShallowTracer(fx.Tracer):
 
     def note_length(self, node: fx.Node) -> None:
         """Note that the code goes by the number of parts of a tensor, or of what one was cut into."""
-        if isinstance(node.meta["value"], Tensor) or _is_cut(node):
+        if isinstance(node.meta["value"], Tensor) or is_cut(node):
             self.note_condition(node)
 
     def note_condition(self, node: fx.Node) -> None:
@@ -283,19 +271,6 @@ class ShallowTracer(fx.Tracer):
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = operator.attrgetter(target)(self.root)
         return value(*args, **kwargs) if node.op == "call_module" else value
-
-
-def _is_cut(node: fx.Node) -> bool:
-    """Tell whether a node cuts a tensor into as many parts as its size asks for, and not along its channels."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    cut: Any = node.args[0] if node.args else None
-    if name not in ("unbind", "split", "chunk") or not isinstance(cut, fx.Node):
-        return False
-    rest = [*node.args[1:], *(value for key, value in node.kwargs.items() if key != "dim")]
-    parts = None if name == "unbind" else rest.pop(0)
-    dim = node.kwargs.get("dim", rest[0] if rest else 0)
-    is_counted = isinstance(parts, int if name == "chunk" else (list, tuple))
-    return not is_counted and not is_channels(cut.meta["value"], dim)
 
 
 def _get_values(argument: Any) -> Any:

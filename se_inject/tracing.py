@@ -11,7 +11,7 @@ import inspect
 import operator
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,7 +159,17 @@ def _opaque_methods(tracer: ShallowTracer, owner: nn.Module, entered: str) -> It
 
 
 @contextmanager
-def _noted_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
+def _replaced(holder: Any, name: str, value: object) -> Iterator[None]:
+    """Let an attribute of torch's be another one for as long as the context lasts."""
+    original = vars(holder)[name]
+    setattr(holder, name, value)
+    try:
+        yield
+    finally:
+        setattr(holder, name, original)
+
+
+def _noted_grad_reads(tracer: ShallowTracer) -> AbstractContextManager[None]:
     """Note that code asks whether gradients are on; the graph holds the answer of the trace."""
     original = torch.is_grad_enabled
 
@@ -168,15 +178,10 @@ def _noted_grad_reads(tracer: ShallowTracer) -> Iterator[None]:
             tracer.doubts.append("its code asks whether gradients are on")
         return original()
 
-    torch.is_grad_enabled = ask
-    try:
-        yield
-    finally:
-        torch.is_grad_enabled = original
+    return _replaced(torch, "is_grad_enabled", ask)
 
 
-@contextmanager
-def _noted_mode_switches(tracer: ShallowTracer) -> Iterator[None]:
+def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
     """Note that code puts a module into train or eval mode, which is no operation that a graph holds."""
     original = nn.Module.train
 
@@ -185,15 +190,10 @@ def _noted_mode_switches(tracer: ShallowTracer) -> Iterator[None]:
             tracer.doubts.append("its code puts a module into train or eval mode")
         return original(self, mode)
 
-    nn.Module.train = train  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        nn.Module.train = original  # type: ignore[method-assign]
+    return _replaced(nn.Module, "train", train)
 
 
-@contextmanager
-def _refused_functions() -> Iterator[None]:
+def _refused_functions() -> AbstractContextManager[None]:
     """Refuse calls of autograd functions: what they do forward would be recorded, without their own gradients."""
     original = vars(torch.autograd.Function)["apply"]
 
@@ -202,11 +202,7 @@ def _refused_functions() -> Iterator[None]:
             raise TraceError(f"its code calls the autograd function {cls.__name__}")
         return original.__get__(None, cls)(*args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original
+    return _replaced(torch.autograd.Function, "apply", classmethod(apply))
 
 
 def _call_opaque(tracer: ShallowTracer, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from se_inject.borders import write_border
 from se_inject.calls import Call, Entry
 from se_inject.codegen import Method, write_method
+from se_inject.equivalence import find_difference
 from se_inject.errors import TraceError
 from se_inject.layouts import get_channel_dim, set_channel_dim
 from se_inject.operations import Watch, count_positions, is_map
@@ -72,10 +73,25 @@ def inspect_entry(twin: Twin, entry: Entry, call: Call, placing: Placing) -> Ins
         except TraceError as error:
             doubt = str(error)
     if not doubt:
-        return Inspection(tuple(traces), tuple(find_places(trace, placing) for trace in traces))
+        inspection = Inspection(tuple(traces), tuple(find_places(trace, placing) for trace in traces))
+        doubt = _find_difference(twin, entry, call, inspection)
+        if not doubt:
+            return inspection
     first = replace(first, doubt=doubt)
     places = keep_spliceable(twin.model.get_submodule(entry.path), first, find_places(first, placing))
     return Inspection((first,), (places,))
+
+
+def _find_difference(twin: Twin, entry: Entry, call: Call, inspection: Inspection) -> str:
+    """Find in what the code that would be written does not do what the entry does; empty if none is to be written."""
+    owner = twin.model.get_submodule(entry.path)
+    if isinstance(owner, fx.GraphModule) or all(place.reason for place in inspection.places):
+        return ""
+    try:
+        written = write_method(owner, inspection.traces)
+    except TraceError:
+        return ""  # where a block is to go in, it is refused with this reason
+    return find_difference(twin, entry, call, written)
 
 
 def write_entry(owner: nn.Module, inspection: Inspection, blocks: Sequence[tuple[str, Place]]) -> Method:

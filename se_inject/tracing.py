@@ -159,7 +159,7 @@ def _opaque_methods(tracer: ShallowTracer, owner: nn.Module, entered: str) -> It
 
 
 @contextmanager
-def _replaced(holder: Any, name: str, value: object) -> Iterator[None]:
+def replaced(holder: Any, name: str, value: object) -> Iterator[None]:
     """Let an attribute of torch's be another one for as long as the context lasts."""
     original = vars(holder)[name]
     setattr(holder, name, value)
@@ -178,7 +178,7 @@ def _noted_grad_reads(tracer: ShallowTracer) -> AbstractContextManager[None]:
             tracer.doubts.append("its code asks whether gradients are on")
         return original()
 
-    return _replaced(torch, "is_grad_enabled", ask)
+    return replaced(torch, "is_grad_enabled", ask)
 
 
 def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
@@ -190,7 +190,7 @@ def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
             tracer.doubts.append("its code puts a module into train or eval mode")
         return original(self, mode)
 
-    return _replaced(nn.Module, "train", train)
+    return replaced(nn.Module, "train", train)
 
 
 def _refused_functions() -> AbstractContextManager[None]:
@@ -202,7 +202,7 @@ def _refused_functions() -> AbstractContextManager[None]:
             raise TraceError(f"its code calls the autograd function {cls.__name__}")
         return original.__get__(None, cls)(*args, **kwargs)
 
-    return _replaced(torch.autograd.Function, "apply", classmethod(apply))
+    return replaced(torch.autograd.Function, "apply", classmethod(apply))
 
 
 def _call_opaque(tracer: ShallowTracer, name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import threading
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Twin:
 
     model: nn.Module
     mode: FakeTensorMode
+    differences: dict[object, str] = field(default_factory=dict)
+    """In what written methods were found to differ from those of its modules."""
 
     def make_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Make a fake tensor on the model's device."""

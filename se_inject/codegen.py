@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional
-from torch import nn
+from torch import Tensor, nn
 
 from se_inject.errors import TraceError
 from se_inject.tracing import Trace
@@ -137,6 +137,8 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
             node.id = plain.get(node.id, node.id)
     prettify = _Prettify(owner, has_functional=has_functional)
     statements = [prettify.visit(s) for s in map(_strip_annotation, function.body) if not _is_release(s)]
+    plain_reads = {n.name for n in trace.graph.nodes if n.op == "get_attr" and not isinstance(n.meta["value"], Tensor)}
+    statements = _inline_reads(statements, plain_reads)
     reserved = {"self", *trace.signature.parameters, *names, *dir(builtins)}
     parameters = {argument.arg for argument in function.args.args}
     joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
@@ -244,6 +246,18 @@ def _get_targets(statement: ast.stmt) -> list[str]:
         for node in ast.walk(statement.targets[0])
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     ]
+
+
+def _inline_reads(statements: list[ast.stmt], names: set[str]) -> list[ast.stmt]:
+    """Write `self.p` where it is used for `p = self.p`, whose value is a plain one."""
+    reads = {_get_targets(s)[0]: s.value for s in statements if isinstance(s, ast.Assign) and _get_targets(s)}
+    reads = {name: value for name, value in reads.items() if name in names}
+
+    class Inline(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return reads.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
+
+    return [Inline().visit(s) for s in statements if not names.intersection(_get_targets(s))]
 
 
 def _inline_return(statements: list[ast.stmt]) -> list[ast.stmt]:

@@ -12,9 +12,9 @@ import itertools
 import operator
 import random
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -64,21 +64,21 @@ def kept_attributes(owner: nn.Module) -> Iterator[None]:
         TraceError: The code changed an attribute or a buffer other than by an operation that the graph holds.
     """
     attributes = {key: value for key, value in vars(owner).items() if key != "training"}
-    contents = {key: _copy_container(value) for key, value in attributes.items()}
+    contents = [(container, _copy_container(container)) for container in _list_containers(attributes)]
     versions = {id(t): t._version for t in _get_own_tensors(owner)}
     try:
         yield
         now = {k: v for k, v in vars(owner).items() if k != "training" and not k.startswith(CONSTANT)}
         same = now.keys() == attributes.keys() and all(now[key] is value for key, value in attributes.items())
-        same = same and all(_holds_same(attributes[key], content) for key, content in contents.items())
+        same = same and all(_holds_same(container, content) for container, content in contents)
         if not same or any(versions.get(id(t)) != t._version for t in _get_own_tensors(owner)):
             raise TraceError("its code changes an attribute or a buffer of its own")
     finally:
         for key in set(vars(owner)) - set(attributes) - {"training"}:
             del vars(owner)[key]
         vars(owner).update(attributes)
-        for key, content in contents.items():
-            _restore_container(attributes[key], content)
+        for container, content in contents:
+            _restore_container(container, content)
 
 
 def get_modes() -> tuple[object, ...]:
@@ -130,6 +130,12 @@ def find_identity(owner: nn.Module, method: Callable[..., Any]) -> str:
     return "its code may ask whether what a child returns is None" if asks else ""
 
 
+def find_class_read(owner: nn.Module, method: Callable[..., Any]) -> str:
+    """Find code that asks for the very class of an object with `type`, which a proxy does not tell."""
+    asks = any(map(_asks_class, _walk_functions(type(owner), method)))
+    return "its code asks for the class of an object with type()" if asks else ""
+
+
 def lists_children(kind: type[nn.Module], name: str) -> bool:
     """Tell whether a method of a class goes through the children, whatever they are, and would run one more."""
     if issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -173,6 +179,16 @@ def _asks_oddly(function: FunctionType) -> bool:
         if instruction.argval == "training" and instruction.opname.startswith("LOAD_ATTR"):
             compared = any(later.opname in ("IS_OP", "COMPARE_OP") for later in instructions[i + 1 : i + 3])
             if not _reads_first(function, instructions[i - 1]) or compared:
+                return True
+    return False
+
+
+def _asks_class(function: FunctionType) -> bool:
+    instructions = list(dis.get_instructions(function))
+    for i, instruction in enumerate(instructions):
+        if instruction.argval == "type" and instruction.opname == "LOAD_GLOBAL" and "type" not in function.__globals__:
+            is_told = any("FORMAT" in later.opname for later in instructions[i + 1 : i + 6])  # in a message
+            if not is_told and not _reads_first(function, instructions[i + 1]):
                 return True
     return False
 
@@ -232,21 +248,31 @@ def _get_own_tensors(owner: nn.Module) -> list[Tensor]:
     return [value for value in held if issubclass(type(value), Tensor)]
 
 
-def _copy_container(value: object) -> Any:
-    if isinstance(value, (dict, OrderedDict)):
-        return dict(value)
-    return list(value) if isinstance(value, (list, deque, set)) else None
+def _list_containers(attributes: Mapping[str, object]) -> list[Any]:
+    """List the containers in a module's attributes, and those in plain objects and containers that it holds."""
+    found: dict[int, Any] = {}
+    waiting = list(attributes.values())
+    while waiting:
+        value = waiting.pop()
+        is_store = not isinstance(value, (nn.Module, Tensor, ModuleType, type)) and not callable(value)
+        content = getattr(value, "__dict__", value) if is_store else None
+        if isinstance(content, (dict, list, deque, set)) and id(content) not in found:
+            found[id(content)] = content
+            waiting += content.values() if isinstance(content, dict) else content
+    return list(found.values())
+
+
+def _copy_container(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _holds_same(container: Any, content: Any) -> bool:
-    if content is None:
-        return True
     if isinstance(content, dict):
         return container.keys() == content.keys() and all(container[k] is v for k, v in content.items())
     return len(container) == len(content) and all(map(operator.is_, container, content))
 
 
 def _restore_container(container: Any, content: Any) -> None:
-    if content is not None and not _holds_same(container, content):
+    if not _holds_same(container, content):
         container.clear()
         (container.extend if isinstance(container, (list, deque)) else container.update)(content)

@@ -31,7 +31,7 @@ class ValueProxy(fx.Proxy):
         value = _peek(self)
         frame = inspect.currentframe()
         asking = frame.f_back if frame else None
-        if asking is None or not isinstance(value, (Tensor, tuple, list, dict)) or not _is_asked_by_python(asking):
+        if asking is None or not isinstance(value, (Tensor, tuple, list, dict, float)) or not _is_asked_by_python(asking):
             return ValueProxy
         if isinstance(value, Tensor):
             return torch.Tensor

@@ -158,12 +158,17 @@ class ShallowTracer(fx.Tracer):
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             bound.arguments[name] = self._open_argument(name, value)
-        # Where the code hands `self.training` on, as in `dropout(x, p, self.training)`, the graph does the same.
-        self._flags = {"training": self.root.training}
-        vars(self.root)["training"] = self.create_proxy("get_attr", "training", (), {})
+        # Where the code hands `self.training` or a rate on, as in `dropout(x, self.p, self.training)`, so does the graph.
+        own = vars(self.root)
+        self._flags = {name: value for name, value in own.items() if name == "training" or type(value) is float}
+        recorded = {name: self.create_proxy("get_attr", name, (), {}) for name in self._flags}
 
         def run(_: nn.Module) -> Any:
-            result = method(*bound.args, **bound.kwargs)
+            own.update(recorded)
+            try:
+                result = method(*bound.args, **bound.kwargs)
+            finally:
+                own.update({name: self._flags[name] for name, proxy in recorded.items() if own.get(name) is proxy})
             self.doubts += find_odd_containers(result)
             return result
 

@@ -11,7 +11,7 @@ import inspect
 import operator
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from se_inject.errors import TraceError, get_first_line
 from se_inject.faithful import (
     CONSTANT,
     SHAPE_READS,
+    find_class_read,
     find_condition,
     find_identity,
     find_mode_read,
@@ -32,6 +33,17 @@ from se_inject.faithful import (
 )
 from se_inject.recording import ShallowTracer
 from se_inject.twin import Twin, quiet, set_training
+
+_QUESTIONS = (
+    "is_grad_enabled",
+    "is_inference_mode_enabled",
+    "is_autocast_enabled",
+    "is_autocast_cpu_enabled",
+    "get_autocast_dtype",
+    "get_autocast_cpu_dtype",
+    "get_autocast_gpu_dtype",
+)
+"""Functions of torch's that tell in which mode code runs."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +104,9 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
             kept_random_state(refuse_draws=True),
             kept_attributes(owner),
             _opaque_methods(tracer, owner, entry.method),
-            _noted_grad_reads(tracer),
+            _noted_questions(tracer),
             _noted_mode_switches(tracer),
+            _noted_attribute_writes(tracer, owner),
             _refused_functions(),
         ):
             graph = tracer.trace(owner)
@@ -133,7 +146,8 @@ def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, me
     returned = (n for n in graph.nodes if n.op == "call_module" or n.target is operator.getitem)
     has_none = any(n.meta.get("value", n) is None for n in returned)
     asked = find_identity(owner, method) if has_none else ""  # of a proxy, which is not None
-    tracer.doubts += filter(None, (find_mode_read(owner, method), find_condition(tracer.conditions), asked))
+    found = (find_mode_read(owner, method), find_condition(tracer.conditions), asked, find_class_read(owner, method))
+    tracer.doubts += filter(None, found)
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         tracer.doubts.append("it makes a constant tensor while it runs")
 
@@ -169,16 +183,19 @@ def replaced(holder: Any, name: str, value: object) -> Iterator[None]:
         setattr(holder, name, original)
 
 
-def _noted_grad_reads(tracer: ShallowTracer) -> AbstractContextManager[None]:
-    """Note that code asks whether gradients are on; the graph holds the answer of the trace."""
-    original = torch.is_grad_enabled
+@contextmanager
+def _noted_questions(tracer: ShallowTracer) -> Iterator[None]:
+    """Note that code asks which of torch's modes it runs in; the graph holds the answer of the trace."""
 
-    def ask() -> bool:
+    def note(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if tracer.is_recording():
-            tracer.doubts.append("its code asks whether gradients are on")
-        return original()
+            tracer.doubts.append(f"its code asks for torch.{original.__name__}()")
+        return original(*args, **kwargs)
 
-    return replaced(torch, "is_grad_enabled", ask)
+    with ExitStack() as stack:
+        for name in _QUESTIONS:
+            stack.enter_context(replaced(torch, name, functools.partial(note, getattr(torch, name))))
+        yield
 
 
 def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
@@ -191,6 +208,28 @@ def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
         return original(self, mode)
 
     return replaced(nn.Module, "train", train)
+
+
+@contextmanager
+def _noted_attribute_writes(tracer: ShallowTracer, owner: nn.Module) -> Iterator[None]:
+    """Note that code sets an attribute of another module, and put it back; its own are looked at by themselves."""
+    original = nn.Module.__setattr__
+    written: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
+
+    def write(self: nn.Module, name: str, value: Any) -> None:
+        if self is not owner and not tracer.is_idle and self not in written:
+            tracer.doubts.append("its code sets an attribute of another module")
+            held = (vars(self), self._parameters, self._buffers, self._modules)
+            written[self] = [(place, dict(place)) for place in held]
+        original(self, name, value)
+
+    try:
+        with replaced(nn.Module, "__setattr__", write):
+            yield
+    finally:
+        for place, before in (pair for pairs in written.values() for pair in pairs):
+            place.clear()
+            place.update(before)
 
 
 def _refused_functions() -> AbstractContextManager[None]:

@@ -97,7 +97,7 @@ def take_account(
     return account.finish((result, args, kwargs))
 
 
-class _Account(TorchDispatchMode):
+class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     """Notes what runs in a method's own code.
 
     Args:
@@ -107,7 +107,7 @@ class _Account(TorchDispatchMode):
     """
 
     def __init__(self, owner: nn.Module, inputs: list[Tensor], known: Known) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = known
         self._thread = threading.get_ident()
         self._steps: list[Step] = []
@@ -122,7 +122,7 @@ class _Account(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._is_inside:
             return func(*args, **kwargs)
-        is_kept = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags
+        is_kept = func._schema.is_mutable or torch.Tag.nondeterministic_seeded in func.tags  # noqa: SLF001  torch
         form, arguments = self._encode((args, kwargs))
         result = func(*args, **kwargs)
         self._add(Step(str(func), form, arguments, is_kept), result)

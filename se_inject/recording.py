@@ -158,7 +158,7 @@ class ShallowTracer(fx.Tracer):
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             bound.arguments[name] = self._open_argument(name, value)
-        # Where the code hands `self.training` or a rate on, as in `dropout(x, self.p, self.training)`, so does the graph.
+        # What the code hands on, as in `dropout(x, self.p, self.training)`, the graph reads anew each time.
         own = vars(self.root)
         self._flags = {name: value for name, value in own.items() if name == "training" or type(value) is float}
         recorded = {name: self.create_proxy("get_attr", name, (), {}) for name in self._flags}

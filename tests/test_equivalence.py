@@ -1,0 +1,242 @@
+"""What is written in a method's place is compared with it, and code that would lose something keeps its source."""
+
+import copy
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from se_inject import inject
+from se_inject.calls import Call, Entry
+from se_inject.codegen import Method
+from se_inject.equivalence import find_difference
+from se_inject.twin import make_twin
+from tests import nets
+from tests.equality import assert_equal_outputs, assert_same_network
+
+X = (2, 3, 16, 16)
+
+
+class Store:
+    def __init__(self):
+        self.items = {}
+
+
+def asks_class(self, x):
+    y = self.branch(x)
+    return x + (y * 2 if type(x) is torch.Tensor else y)
+
+
+def matches_shape(self, x):
+    y = self.branch(x)
+    match x.shape:
+        case (_, _, 16, 16):
+            y = y * 2
+    return x + y
+
+
+def chooses_by_text(self, x):
+    y = self.branch(x) * getattr(self, f"s{x.shape[-1]}", 1.0)
+    return x + y
+
+
+def finds_by_type(self, x):
+    y = self.branch(x) * {torch.float32: 3.0}.get(x.dtype, 2.0)
+    return x + y
+
+
+def finds_by_device(self, x):
+    y = self.branch(x) * {torch.device("cpu"): 3.0}.get(x.device, 2.0)
+    return x + y
+
+
+def tries(self, x):
+    y = self.branch(x)
+    try:
+        y = y + self.position
+    except RuntimeError:
+        y = y * 2
+    return x + y
+
+
+def draws(self, x):
+    y = self.branch(x) * self.generator.random()
+    return x + y
+
+
+def stores(self, x):
+    y = self.branch(x)
+    self.store.items["y"] = y
+    return x + y
+
+
+def writes_on_a_child(self, x):
+    self.conv1.last = x
+    y = self.branch(x)
+    return x + y
+
+
+def asks_layout(self, x):
+    y = self.branch(x)
+    return x + (y * 2 if x.is_contiguous(memory_format=torch.channels_last) else y)
+
+
+def asks_autocast(self, x):
+    y = self.branch(x)
+    return x + (y * 2 if torch.is_autocast_enabled("cpu") else y)
+
+
+def asks_inference(self, x):
+    y = self.branch(x)
+    return x + (y * 2 if torch.is_inference_mode_enabled() else y)
+
+
+ATTRIBUTES = {
+    chooses_by_text: {"s16": 2.0, "s8": 3.0},
+    tries: {"position": nn.Parameter(torch.randn(1, 16, 16, 16))},
+    draws: {"generator": np.random.default_rng(0)},
+    stores: {"store": Store()},
+}
+FORWARDS = (
+    asks_class, matches_shape, chooses_by_text, finds_by_type, finds_by_device, tries, draws, stores, writes_on_a_child,
+    asks_layout, asks_autocast, asks_inference,
+)  # fmt: skip
+
+
+def make_net(forward):
+    kind = type("Odd", (nets.Residual,), {"forward": forward, "__module__": __name__})
+    odd = kind()
+    for name, value in ATTRIBUTES.get(forward, {}).items():
+        setattr(odd, name, copy.deepcopy(value))
+    return nn.Sequential(nets.conv(3, 16), odd)
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_code_that_does_more_than_its_graph_keeps_its_source(forward):
+    net = make_net(forward)
+    injected = inject(net, example=torch.zeros(X))
+    source = inspect.getsource(type(injected[1]))
+    assert "self.branch(x)" in source
+    assert "self.se(" in source
+    for size in (16, 8, 5):
+        x = torch.randn(2, 3, size, size)
+        for images in (x, x.to(memory_format=torch.channels_last)):
+            assert_same_network(net, injected, images)
+    for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        with context:
+            assert_equal_outputs(net.eval()(x), injected.eval()(x))
+
+
+def test_what_the_code_keeps_elsewhere_is_kept_again():
+    net = make_net(stores)
+    injected = inject(net)
+    injected(torch.randn(X))
+    assert injected[1].store.items["y"].shape == (2, 16, 16, 16)
+    assert net[1].store.items == {}
+    assert not hasattr(inject(make_net(writes_on_a_child))[1].conv1, "last")
+
+
+class Scaled(nets.Residual):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.p, self.slope = 0.5, 0.25, 0.1
+
+    def forward(self, x):
+        y = F.dropout(self.branch(x) * self.scale, self.p, self.training)
+        return F.leaky_relu(x + y, self.slope)
+
+
+def test_numbers_of_a_module_can_be_changed_afterwards():
+    net = nn.Sequential(nets.conv(3, 16), Scaled())
+    injected = inject(net)
+    source = inspect.getsource(type(injected[1]))
+    for text in ("out * self.scale", "self.p", "training=self.training", "self.slope"):
+        assert text in source
+    for model in (net, injected):
+        model[1].scale, model[1].p, model[1].slope = 3.0, 0.75, 0.5
+    assert_same_network(net, injected, torch.randn(X))
+
+
+def test_conditions_on_numbers_are_those_of_the_module():
+    class Thrice(Scaled):
+        def forward(self, x):
+            assert isinstance(self.scale, float)
+            y = self.branch(x)
+            if round(self.p * 4) == 1 and self.scale <= 0.5:
+                y = y * 3
+            return x + y
+
+    net = nn.Sequential(nets.conv(3, 16), Thrice())
+    assert_same_network(net, inject(net), torch.randn(X))
+
+
+class Judged(nn.Module):
+    """A module whose method is compared with methods that were written in other ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.register_buffer("scale", torch.ones(4, 1, 1))
+        self.register_buffer("other", torch.ones(4, 1, 1))
+
+    def forward(self, x):
+        y = self.a(x) * self.scale
+        z = F.dropout(self.b(y), 0.1, self.training)
+        return [x + z, y]
+
+
+SAME = {
+    "as it is": "y = self.a(x) * self.scale; z = F.dropout(self.b(y), 0.1, self.training); return [x + z, y]",
+    "what is not used": "y = self.a(x) * self.scale; w = y + x; z = F.dropout(self.b(y), 0.1, self.training); "
+    "return [x + z, y]",
+    "other names": "out = self.a(x).mul(self.scale); "
+    "o = F.dropout(self.b(out), 0.1, self.training); return [x + o, out]",
+}
+OTHER = {
+    "operator": SAME["as it is"].replace("x + z", "x - z"),
+    "order": SAME["as it is"].replace("x + z", "z + x"),
+    "number": SAME["as it is"].replace("0.1", "0.2"),
+    "mode": SAME["as it is"].replace("self.training", "False"),
+    "child": SAME["as it is"].replace("self.b", "self.a"),
+    "buffer": SAME["as it is"].replace("self.scale", "self.other"),
+    "container": SAME["as it is"].replace("[x + z, y]", "(x + z, y)"),
+    "result": SAME["as it is"].replace("[x + z, y]", "[x + z, z]"),
+    "in place": SAME["as it is"].replace("x + z", "x.add_(z)"),
+    "one call more": SAME["as it is"].replace("return", "self.a(x); return"),
+    "size": SAME["as it is"].replace("y = self", "x = x[:, :, :8]; y = self"),
+    "images": SAME["as it is"].replace("y = self", "x = x[:2]; y = self"),
+    "raises": SAME["as it is"].replace("y = self", "assert x.shape[0] == 2; y = self"),
+    "attribute": SAME["as it is"].replace("return", "self.last = y; return"),
+    "argument": SAME["as it is"].replace("return", "x.mul_(2); return"),
+}
+
+
+def judge(source):
+    twin = make_twin(Judged())
+    call = Call((twin.make_tensor((2, 4, 8, 8), torch.float32),), {})
+    method = Method(f"def forward(self, x):\n    {source}", {"F": F})
+    return find_difference(twin, Entry(""), call, method), twin
+
+
+@pytest.mark.parametrize("source", SAME.values(), ids=SAME)
+def test_methods_that_do_the_same_are_found_equal(source):
+    difference, twin = judge(source)
+    assert difference == ""
+    assert not twin.model.training or not any(key.startswith("_tensor") for key in vars(twin.model))
+
+
+@pytest.mark.parametrize("source", OTHER.values(), ids=OTHER)
+def test_any_difference_is_found(source):
+    difference, _ = judge(source)
+    assert difference == "its code does something that the graph of torch.fx does not"
+
+
+def test_modules_of_one_kind_are_compared_once():
+    twin = make_twin(nn.Sequential(*(copy.deepcopy(nets.Residual()) for _ in range(5))))
+    call = Call((twin.make_tensor((2, 16, 8, 8), torch.float32),), {})
+    method = Method("def forward(self, x):\n    return F.relu(self.branch(x) + x)", {"F": F})
+    assert [find_difference(twin, Entry(str(i)), call, method) for i in range(5)] == [""] * 5
+    assert len(twin.differences) == 1

@@ -176,7 +176,8 @@ def _check_code(draft: Draft, entry: Entry, places: list[Place], call: Call) -> 
     """
     if blocks := [("se", place) for place in places if not place.reason]:
         encode_call(call, torch.float32)
-        write_entry(draft.probe.twin.model.get_submodule(entry.path), draft.inspections[entry], blocks)
+        if not draft.inspections[entry].is_written:  # else it was, when it was inspected
+            write_entry(draft.probe.twin.model.get_submodule(entry.path), draft.inspections[entry], blocks)
 
 
 def _get_only_call(visit: Visit) -> Call:

@@ -12,7 +12,7 @@ import itertools
 import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
@@ -64,7 +64,7 @@ def kept_attributes(owner: nn.Module) -> Iterator[None]:
         TraceError: The code changed an attribute or a buffer other than by an operation that the graph holds.
     """
     attributes = {key: value for key, value in vars(owner).items() if key != "training"}
-    contents = [(container, _copy_container(container)) for container in _list_containers(attributes)]
+    contents = _copy_containers(attributes.values())
     versions = {id(t): t._version for t in _get_own_tensors(owner)}
     try:
         yield
@@ -79,6 +79,12 @@ def kept_attributes(owner: nn.Module) -> Iterator[None]:
         vars(owner).update(attributes)
         for container, content in contents:
             _restore_container(container, content)
+
+
+def watch_state(model: nn.Module) -> Callable[[], bool]:
+    """Return a function that tells whether anything but numbers has changed since in what a model's modules hold."""
+    contents = _copy_containers(vars(module) for module in model.modules())
+    return lambda: not all(_holds_same(container, content) for container, content in contents)
 
 
 def get_modes() -> tuple[object, ...]:
@@ -248,10 +254,10 @@ def _get_own_tensors(owner: nn.Module) -> list[Tensor]:
     return [value for value in held if issubclass(type(value), Tensor)]
 
 
-def _list_containers(attributes: Mapping[str, object]) -> list[Any]:
-    """List the containers in a module's attributes, and those in plain objects and containers that it holds."""
+def _copy_containers(values: Iterable[object]) -> list[tuple[Any, Any]]:
+    """Copy the containers among a module's attributes, and those in plain objects and containers that it holds."""
     found: dict[int, Any] = {}
-    waiting = list(attributes.values())
+    waiting = list(values)
     while waiting:
         value = waiting.pop()
         is_store = not isinstance(value, (nn.Module, Tensor, ModuleType, type)) and not callable(value)
@@ -259,7 +265,7 @@ def _list_containers(attributes: Mapping[str, object]) -> list[Any]:
         if isinstance(content, (dict, list, deque, set)) and id(content) not in found:
             found[id(content)] = content
             waiting += content.values() if isinstance(content, dict) else content
-    return list(found.values())
+    return [(container, _copy_container(container)) for container in found.values()]
 
 
 def _copy_container(container: Any) -> Any:

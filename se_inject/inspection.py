@@ -36,6 +36,11 @@ class Inspection:
     """The places in each trace."""
 
     @property
+    def is_written(self) -> bool:
+        """Whether its method is known to be written from its graphs, rather than spliced or wrapped at the border."""
+        return bool(self.traces) and not self.traces[0].doubt
+
+    @property
     def difference(self) -> str:
         """A reason, if the merges of the modes are not alike."""
         forms = {tuple((p.kind, p.channels) for p in places) for places in self.found}
@@ -88,10 +93,9 @@ def _find_difference(twin: Twin, entry: Entry, call: Call, inspection: Inspectio
     if isinstance(owner, fx.GraphModule) or all(place.reason for place in inspection.places):
         return ""
     try:
-        written = write_method(owner, inspection.traces)
-    except TraceError:
-        return ""  # where a block is to go in, it is refused with this reason
-    return find_difference(twin, entry, call, written)
+        return find_difference(twin, entry, call, write_method(owner, inspection.traces))
+    except TraceError as error:
+        return str(error)
 
 
 def write_entry(owner: nn.Module, inspection: Inspection, blocks: Sequence[tuple[str, Place]]) -> Method:
@@ -107,8 +111,9 @@ def write_entry(owner: nn.Module, inspection: Inspection, blocks: Sequence[tuple
     """
     if not inspection.traces:
         return write_border(owner, blocks[0][1].entry.method, {place.kind: name for name, place in blocks})
-    first = inspection.traces[0]
-    return splice_method(owner, first, blocks) if first.doubt else write_method(owner, inspection.traces)
+    if inspection.is_written:
+        return write_method(owner, inspection.traces)
+    return splice_method(owner, inspection.traces[0], blocks)
 
 
 def inspect_border(twin: Twin, entry: Entry, call: Call) -> Inspection:

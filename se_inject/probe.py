@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError, get_first_line
 from se_inject.examples import describe_shapes, fake_example, propose_examples
-from se_inject.faithful import kept_random_state, lists_children
+from se_inject.faithful import kept_random_state, lists_children, watch_state
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
 from se_inject.twin import Twin, check_model, get_device, make_twin, quiet, set_training
@@ -62,7 +62,7 @@ class Probe:
     """The result of a probe.
 
     Attributes:
-        twin: A fake twin, for the modules' code; it has not been run.
+        twin: A fake twin, for the modules' code; it holds nothing that a run left behind.
         visits: What was seen of each entry, in the order in which they were first called.
         layers: The layers that ran in eval mode, in their order.
     """
@@ -89,6 +89,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     """
     check_model(model)
     twin = make_twin(model)
+    is_changed = watch_state(twin.model)
     tries = [fake_example(twin, example)] if example is not None else list(propose_examples(twin))
     failures: list[tuple[Call, Exception]] = []
     for call in tries:
@@ -101,8 +102,8 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
             failures.append((call, error))
             continue
         _visit_training(twin, call, visits)
-        # The twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
-        return Probe(make_twin(model, twin.mode), visits, layers)
+        # A twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
+        return Probe(make_twin(model, twin.mode) if is_changed() else twin, visits, layers)
     hint = "give example= with the shape that it is trained on"
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; {hint}")

@@ -85,7 +85,7 @@ class ValueProxy(fx.Proxy):
 
     def __round__(self, num_digits: int | None = None) -> float:
         self.tracer.note_condition(self.node)
-        return round(self.node.meta["value"], num_digits)
+        return round(float(self.node.meta["value"]), num_digits)
 
 
 def _define_in_place(operation: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -165,13 +166,33 @@ _KEYS = {f.name: f for f in fields(Recipe)}
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which refuses a key that is given twice."""
+    """YAML's safe loader with the numbers of YAML 1.2, which refuses a key that is given twice.
+
+    YAML 1.1 takes 010 for 8, 1:30 for 90, and 1e-3 for a word.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         if twice := sorted({str(key) for key in keys if keys.count(key) > 1}):
             raise yaml.constructor.ConstructorError(problem=f"{', '.join(twice)} is given twice")
         return super().construct_mapping(node, deep)
+
+
+def _set_number(kind: type[int] | type[float], pattern: str) -> None:
+    """Let the loader read numbers of a kind where a pattern matches, and nowhere else."""
+
+    def construct(_: _Loader, node: yaml.ScalarNode) -> float:
+        return kind(node.value.replace(".inf", "inf").replace(".nan", "nan"))
+
+    tag = f"tag:yaml.org,2002:{kind.__name__}"
+    others = _Loader.yaml_implicit_resolvers.items()
+    _Loader.yaml_implicit_resolvers = {first: [(t, p) for t, p in found if t != tag] for first, found in others}
+    _Loader.add_implicit_resolver(tag, re.compile(pattern), [*"-+.0123456789"])
+    _Loader.add_constructor(tag, construct)
+
+
+_set_number(int, r"^[-+]?[0-9]+$")
+_set_number(float, r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$")
 
 
 def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Recipe:
@@ -191,7 +212,7 @@ def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
     path = find_recipe(name)
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506  a safe one
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"the recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if values is None:
         raise RecipeError(f"the recipe {path} is empty; expected lines of KEY: VALUE")
@@ -205,8 +226,8 @@ def read_recipe(name: str = DEFAULT_RECIPE, overrides: Sequence[str] = ()) -> Re
             problems.append(f"--set {override!r} has no =; expected KEY=VALUE")
             continue
         try:
-            values[key.strip()] = yaml.safe_load(text)
-        except yaml.YAMLError:
+            values[key.strip()] = yaml.load(text, _Loader)  # noqa: S506  a safe one
+        except (yaml.YAMLError, ValueError):
             problems.append(f"{key.strip()} is {text!r}, which is no YAML value")
     return make_recipe(
         values, origin=" ".join([str(path), *(["with"] if overrides else []), *overrides]), problems=problems
@@ -280,7 +301,7 @@ def _convert(value: object, kind: Any) -> Any:
 
 
 def _convert_number(value: object, kind: type[int] | type[float]) -> float:
-    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+    if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

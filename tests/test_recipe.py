@@ -92,6 +92,17 @@ def test_values_go_into_a_file_and_back():
     assert make_recipe(recipe.to_values()) == recipe
 
 
+def test_numbers_are_those_of_yaml_1_2(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("batch_size: 010\nlr: 1e-3\nse_lr: .5\nepochs: +1.\n")
+    recipe = read_recipe(str(path), ["seed=08", "head_lr=2E-1"])
+    read = (recipe.batch_size, recipe.lr, recipe.se_lr, recipe.epochs, recipe.seed, recipe.head_lr)
+    assert read == (10, 0.001, 0.5, 1.0, 8, 0.2)
+    for text in ("epochs=1:30", "epochs=0x10", "epochs=-.inf", f"seed={'1' * 5000}"):
+        with pytest.raises(RecipeError, match=r"(expected a number|is no YAML value)$"):
+            read_recipe("short", [text])
+
+
 def test_a_key_that_is_given_twice_is_refused(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("lr: 0.5\nepochs: 1\nlr: 0.001\n")

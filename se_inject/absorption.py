@@ -21,7 +21,7 @@ from se_inject.plan import Plan
 from se_inject.rewrite import blocks, get_plan
 from se_inject.scaling import Scale, Search, UnreachableError, find_reader, find_scale
 from se_inject.tracing import Trace, trace_entry
-from se_inject.twin import Twin, make_twin, quiet, set_training
+from se_inject.twin import Twin, apart, make_twin, set_training
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _count_calls(twin: Twin, plan: Plan) -> Mapping[str, int]:
     call = decode_call(plan.calls[Entry("").key], twin)
     complete = False
     try:
-        with suppress(Exception), set_training(twin.model, False), quiet(), torch.no_grad(), twin.mode:
+        with suppress(Exception), set_training(twin.model, False), apart(twin.model), torch.no_grad(), twin.mode:
             twin.model(*tree_map(_clone, call.args), **tree_map(_clone, call.kwargs))
             complete = True
     finally:

@@ -20,7 +20,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from se_inject.calls import Call
 from se_inject.faithful import get_modes, kept_attributes, kept_random_state
 from se_inject.tracing import replaced
-from se_inject.twin import Twin, get_device, quiet, set_training
+from se_inject.twin import Twin, apart, get_device, set_training
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -82,7 +82,7 @@ def take_account(
     try:
         with (
             set_training(owner, training),
-            quiet(),
+            apart(owner),
             kept_random_state(),
             kept_attributes(owner),
             torch.no_grad(),

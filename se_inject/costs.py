@@ -18,7 +18,7 @@ from se_inject.errors import PlanError, get_first_line
 from se_inject.examples import describe_shapes
 from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT
-from se_inject.twin import Twin, make_twin, quiet, set_training
+from se_inject.twin import Twin, apart, make_twin, set_training
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _count(model: nn.Module, plan: Plan, twin: Twin | None = None) -> Costs:
     with (
         FlopCounterMode(display=False) as counter,
         set_training(twin.model, False),
-        quiet(),
+        apart(twin.model),
         twin.mode,
         torch.no_grad(),
     ):

@@ -23,7 +23,7 @@ from se_inject.operations import Watch, count_positions, is_map
 from se_inject.places import Border, Place, Placing, Side, find_places
 from se_inject.splice import keep_spliceable, splice_method
 from se_inject.tracing import Trace, trace_entry
-from se_inject.twin import Twin, quiet, set_training
+from se_inject.twin import Twin, apart, set_training
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def inspect_border(twin: Twin, entry: Entry, call: Call) -> Inspection:
     x = call.args[0] if call.args else None
     if not is_map(x):
         raise TraceError("its first argument is no map")
-    with set_training(owner, False), quiet(), twin.mode, torch.no_grad(), Watch() as watch:
+    with set_training(owner, False), apart(owner), twin.mode, torch.no_grad(), Watch() as watch:
         try:
             y = getattr(owner, entry.method)(*call.args, **call.kwargs)
         except Exception as error:

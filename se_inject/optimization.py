@@ -31,7 +31,7 @@ from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
 from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import trace_entry
-from se_inject.twin import Twin, alone, get_dtype, make_twin, quiet, set_training
+from se_inject.twin import Twin, alone, apart, get_dtype, make_twin, set_training
 
 _TAP = "forward_intermediates"
 """timm's way to read maps between layers."""
@@ -166,7 +166,7 @@ def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
 def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
     """Follow a run of the network over fake tensors, or over zeros where its course depends on the data."""
     try:
-        with set_training(twin.model, False), quiet(), kept_random_state(), twin.mode:
+        with set_training(twin.model, False), apart(twin.model), kept_random_state(), twin.mode:
             course = follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))
             if (tap := getattr(twin.model, _TAP, None)) is not None:
                 with contextlib.suppress(Exception):  # a tap that does not run is nobody's
@@ -174,7 +174,8 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
             return course
     except DATA_DEPENDENT:
         copied, given = copy_model(model), make_zeros(call, model)
-        return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))
+        with apart(copied):
+            return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))
 
 
 def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:

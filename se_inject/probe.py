@@ -25,7 +25,7 @@ from se_inject.examples import describe_shapes, fake_example, propose_examples
 from se_inject.faithful import kept_random_state, lists_children, watch_state
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
-from se_inject.twin import Twin, check_model, get_device, make_twin, quiet, set_training
+from se_inject.twin import Twin, apart, check_model, get_device, make_twin, set_training
 
 # What a forward raises over fake tensors where it asks for values.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -169,7 +169,7 @@ def _run(
         mode = twin.mode if is_fake else nullcontext()
         with (
             set_training(twin.model, training),
-            quiet(),
+            apart(twin.model),
             kept_random_state(),
             mode,
             torch.set_grad_enabled(training),

@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils._pytree import tree_leaves
 
+from se_inject.caches import kept_caches
 from se_inject.calls import Call
 from se_inject.errors import ExportError, get_first_line
 
@@ -106,7 +107,7 @@ def make_program(network: nn.Module, call: Call, suffix: str, freedom: Freedom) 
     Raises:
         Exception: Whatever torch raises where it cannot follow the network; see `explain_failure`.
     """
-    with _hushed():
+    with _hushed(), kept_caches(network):  # torch runs it over fake tensors
         exported = _export(network, call, freedom)
         if suffix == TORCH:
             buffer = io.BytesIO()

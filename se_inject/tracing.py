@@ -32,7 +32,7 @@ from se_inject.faithful import (
     reads_mode,
 )
 from se_inject.recording import ShallowTracer
-from se_inject.twin import Twin, quiet, set_training
+from se_inject.twin import Twin, apart, set_training
 
 _QUESTIONS = (
     "is_grad_enabled",
@@ -99,7 +99,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
     try:
         with (
             set_training(owner, training),
-            quiet(),
+            apart(owner, refuse_traced=True),
             torch.enable_grad(),
             kept_random_state(refuse_draws=True),
             kept_attributes(owner),

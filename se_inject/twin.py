@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
 from se_inject.block import is_block
+from se_inject.caches import kept_caches
 from se_inject.errors import ModelError, get_first_line
 
 _ALONE = threading.RLock()
@@ -52,10 +53,20 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch from logging a traceback for each input that a network does not run on; the error is reported once."""
+def apart(model: nn.Module, *, refuse_traced: bool = False) -> Iterator[None]:
+    """Let a twin run, and leave nothing of it outside: neither in the log, nor in what its code shares with the model.
+
+    Of each input that a network does not run on torch logs a traceback; the error is reported once.
+
+    Args:
+        model: The twin's, or a copy of the network.
+        refuse_traced: Raise if what was traced was kept in such a place; see `kept_caches`.
+
+    Raises:
+        TraceError: It was.
+    """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
-    with alone():
+    with alone(), kept_caches(model, refuse_traced=refuse_traced):
         level = logger.level
         logger.setLevel(logging.CRITICAL)
         try:

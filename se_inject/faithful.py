@@ -142,6 +142,13 @@ def find_class_read(owner: nn.Module, method: Callable[..., Any]) -> str:
     return "its code asks for the class of an object with type()" if asks else ""
 
 
+def find_global_write(owner: nn.Module, method: Callable[..., Any]) -> str:
+    """Find code that sets a variable of its file, a counter, say; a graph holds no such thing."""
+    functions = _walk_functions(type(owner), method)
+    writes = any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for f in functions for i in dis.get_instructions(f))
+    return "its code sets a variable of its file" if writes else ""
+
+
 def lists_children(kind: type[nn.Module], name: str) -> bool:
     """Tell whether a method of a class goes through the children, whatever they are, and would run one more."""
     if issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
 import inspect
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 
 from torch import fx, nn
 
@@ -24,6 +26,9 @@ from se_inject.hazards import get_ancestors, get_descendants
 from se_inject.operations import is_map
 from se_inject.places import Place
 from se_inject.tracing import Trace
+
+_FIXED = (ModuleType, type, FunctionType, BuiltinFunctionType)
+"""What a file defines or imports, and does not set anew."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +100,53 @@ def splice_method(owner: nn.Module, trace: Trace, blocks: Sequence[tuple[str, Pl
     tree.decorator_list, tree.returns = [], None
     if ast.get_docstring(tree) is not None and len(tree.body) > 1:
         del tree.body[0]
+    file_names = _read_from_file(tree, function, trace.doubt)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(function.__code__.co_varnames)
-    names = {name: function.__globals__[name] for name in sorted(used) if name in function.__globals__}
+    names = {name: function.__globals__[name] for name in sorted(used) if name in function.__globals__} | file_names
     if names.get(type(owner).__name__, type(owner)) is not type(owner):
         raise TraceError(trace.doubt)
     if any(name not in names and not hasattr(builtins, name) for name in used - _get_stored(tree)):
         raise TraceError(trace.doubt)
     return Method(ast.unparse(ast.fix_missing_locations(tree)), names)
+
+
+def _read_from_file(tree: ast.FunctionDef, function: FunctionType, doubt: str) -> dict[str, object]:
+    """Let a method read and write its file's variables there, as `file.LINE`, for code may set them later.
+
+    Modules, classes and functions stay what they are.
+
+    Returns:
+        The file by its name in the method; empty if it has no use.
+
+    Raises:
+        TraceError: A name is a variable of the file's and another one too.
+    """
+    file = sys.modules.get(function.__module__)
+    if file is None or vars(file) is not function.__globals__:
+        return {}
+    written = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+    own = {*function.__code__.co_varnames, *(_get_stored(tree) - written)}
+    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}.intersection(function.__globals__) - own
+    variables = written | {n for n in loaded if not isinstance(function.__globals__[n], _FIXED)}
+    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
+    if any(not isinstance(function.__globals__.get(n), _FIXED) for n in read.intersection(own)):
+        raise TraceError(doubt)  # a comprehension has a variable of this name too
+    if not variables:
+        return {}
+    taken = {*own, *function.__globals__, *dir(builtins)}
+    base = file.__name__.rpartition(".")[2].strip("_")
+    name = next(n for n in (base, f"{base}_file", *(f"file_{i}" for i in range(len(taken) + 1))) if n not in taken)
+
+    class Read(ast.NodeTransformer):
+        def visit_Name(self, node: ast.Name) -> ast.AST:
+            return ast.Attribute(ast.Name(name, ast.Load()), node.id, node.ctx) if node.id in variables else node
+
+        def visit_Global(self, node: ast.Global) -> ast.AST:  # noqa: ARG002
+            return ast.Pass()
+
+    Read().visit(tree)
+    tree.body = [statement for statement in tree.body if not isinstance(statement, ast.Pass)]
+    return {name: file}
 
 
 def _get_function(owner: nn.Module, trace: Trace) -> FunctionType:

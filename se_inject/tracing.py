@@ -25,6 +25,7 @@ from se_inject.faithful import (
     SHAPE_READS,
     find_class_read,
     find_condition,
+    find_global_write,
     find_identity,
     find_mode_read,
     kept_attributes,
@@ -146,8 +147,8 @@ def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, me
     returned = (n for n in graph.nodes if n.op == "call_module" or n.target is operator.getitem)
     has_none = any(n.meta.get("value", n) is None for n in returned)
     asked = find_identity(owner, method) if has_none else ""  # of a proxy, which is not None
-    found = (find_mode_read(owner, method), find_condition(tracer.conditions), asked, find_class_read(owner, method))
-    tracer.doubts += filter(None, found)
+    found = (find(owner, method) for find in (find_mode_read, find_class_read, find_global_write))
+    tracer.doubts += filter(None, (find_condition(tracer.conditions), asked, *found))
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         tracer.doubts.append("it makes a constant tensor while it runs")
 

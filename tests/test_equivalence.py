@@ -94,6 +94,16 @@ def asks_inference(self, x):
     return x + (y * 2 if torch.is_inference_mode_enabled() else y)
 
 
+CALLS = 0
+
+
+def counts_in_its_file(self, x):
+    global CALLS  # noqa: PLW0603
+    CALLS += 1
+    y = self.branch(x)
+    return x + y
+
+
 ATTRIBUTES = {
     chooses_by_text: {"s16": 2.0, "s8": 3.0},
     tries: {"position": nn.Parameter(torch.randn(1, 16, 16, 16))},
@@ -102,7 +112,7 @@ ATTRIBUTES = {
 }
 FORWARDS = (
     asks_class, matches_shape, chooses_by_text, finds_by_type, finds_by_device, tries, draws, stores, writes_on_a_child,
-    asks_layout, asks_autocast, asks_inference,
+    asks_layout, asks_autocast, asks_inference, counts_in_its_file,
 )  # fmt: skip
 
 
@@ -137,6 +147,13 @@ def test_what_the_code_keeps_elsewhere_is_kept_again():
     assert injected[1].store.items["y"].shape == (2, 16, 16, 16)
     assert net[1].store.items == {}
     assert not hasattr(inject(make_net(writes_on_a_child))[1].conv1, "last")
+
+
+def test_what_the_code_counts_is_counted_again():
+    injected = inject(make_net(counts_in_its_file))
+    before = CALLS
+    injected(torch.randn(X))
+    assert before + 1 == CALLS
 
 
 class Scaled(nets.Residual):

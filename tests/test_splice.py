@@ -4,6 +4,8 @@ import copy
 import inspect
 import pickle
 import sys
+import threading
+import types
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from se_inject import blocks, inject, load, make_plan, save
+from se_inject.errors import EmptyPlanError
 from se_inject.rewrite import get_plan
 from tests import nets
 from tests.equality import assert_same_network
@@ -244,3 +247,52 @@ class InTurn(nn.Module):
 def test_no_block_is_spliced_where_the_code_goes_through_its_children():
     plan = make_plan(nn.Sequential(nets.conv(3, 16), InTurn(), nets.Residual()))
     assert [site.owner for site in plan.sites] == ["2"]
+
+
+GAIN, LIMIT, LINE, CALLS = 2.0, 1.0, None, 0
+STEPS = types.SimpleNamespace(lock=threading.Lock(), n=0)  # cannot be copied
+
+
+def make_line(size):
+    global LINE  # noqa: PLW0603
+    if LINE is None:
+        LINE = torch.linspace(0, 1, size)
+
+
+class Filed(Sized):
+    def forward(self, x):
+        global CALLS  # noqa: PLW0603
+        CALLS += 1
+        STEPS.n += 1
+        make_line(x.shape[-1])
+        y = self.branch(self.prepare(x)) * GAIN + LINE
+        y = y * max([LIMIT * 1.0 for LIMIT in (0.5, 1.0)])  # a variable of its own
+        return x + y
+
+
+def test_variables_of_the_file_are_read_and_written_there(monkeypatch):
+    net = nn.Sequential(nets.conv(3, 16), Filed()).eval()
+    monkeypatch.setitem(globals(), "LINE", None)
+    injected = inject(net, example=torch.zeros(X))
+    assert LINE is None
+    source = inspect.getsource(type(injected[1]))
+    assert "test_splice.CALLS += 1" in source
+    assert "[LIMIT * 1.0 for LIMIT in (0.5, 1.0)]" in source
+    x = torch.randn(X)
+    for gain in (2.0, 3.0):
+        monkeypatch.setitem(globals(), "GAIN", gain)
+        before = CALLS, STEPS.n
+        for model in (net, injected, copy.deepcopy(injected), pickle.loads(pickle.dumps(injected))):
+            assert torch.equal(model(x), net(x))
+        assert (before[0] + 8, before[1] + 8) == (CALLS, STEPS.n)
+    assert LINE is not None
+
+
+def test_a_name_of_two_variables_is_left():
+    class Twofold(Sized):
+        def forward(self, x):
+            y = self.branch(self.prepare(x)) * GAIN
+            return x + y * max([GAIN * 1.0 for GAIN in (0.5, 1.0)])
+
+    with pytest.raises(EmptyPlanError, match="depends on the size"):
+        make_plan(nn.Sequential(nets.conv(3, 16), Twofold()))

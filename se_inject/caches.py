@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from se_inject.errors import TraceError
+from se_inject.readings import Number
 
 _DEPTH = 5
 """Steps from a class: to a method, to what its code names, as another function or a store, to attributes, to a dict."""
@@ -223,12 +224,12 @@ def _holds_new(place: _Place, matches: Callable[[type], bool]) -> bool:
 
 def _is_traced(kind: type) -> bool:
     """Tell whether a value was made by the traced code itself: what its children make are fake tensors."""
-    return issubclass(kind, fx.Proxy) or (issubclass(kind, Tensor) and not issubclass(kind, FakeTensor))
+    return issubclass(kind, (fx.Proxy, Number)) or (issubclass(kind, Tensor) and not issubclass(kind, FakeTensor))
 
 
 def _is_left(kind: type) -> bool:
     """Tell whether a value is of use to a twin alone."""
-    return issubclass(kind, (FakeTensor, fx.Proxy, nn.Module))
+    return issubclass(kind, (FakeTensor, fx.Proxy, Number, nn.Module))
 
 
 def _put_back(place: _Place) -> None:

@@ -31,8 +31,7 @@ class ValueProxy(fx.Proxy):
         value = _peek(self)
         frame = inspect.currentframe()
         asking = frame.f_back if frame else None
-        is_told = isinstance(value, (Tensor, tuple, list, dict, float))
-        if asking is None or not is_told or not _is_asked_by_python(asking):
+        if asking is None or not isinstance(value, (Tensor, tuple, list, dict)) or not _is_asked_by_python(asking):
             return ValueProxy
         if isinstance(value, Tensor):
             return torch.Tensor
@@ -82,10 +81,6 @@ class ValueProxy(fx.Proxy):
     def __float__(self) -> float:
         self.tracer.note_condition(self.node)
         return float(self.node.meta["value"])
-
-    def __round__(self, num_digits: int | None = None) -> float:
-        self.tracer.note_condition(self.node)
-        return round(float(self.node.meta["value"]), num_digits)
 
 
 def _define_in_place(operation: str) -> None:

@@ -24,6 +24,7 @@ from se_inject.faithful import CONSTANT, find_odd_containers, get_modes, is_cut
 from se_inject.frames import find_place, find_user_frame, read_user_code, runs_childs_method
 from se_inject.operations import Watch, Work
 from se_inject.proxies import ValueProxy, is_proxy
+from se_inject.readings import Number, make_numbers
 from se_inject.twin import Twin
 
 # They take sizes and no tensor, so that torch.fx does not see them by itself.
@@ -60,6 +61,8 @@ class ShallowTracer(fx.Tracer):
         self._executing = False
         self._modes: tuple[object, ...] | None = None
         self._flags: dict[str, object] = {}
+        self._numbers: dict[str, Number] = {}
+        self.asked: set[str] = set()
         self._code: CodeType | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
@@ -129,6 +132,8 @@ class ShallowTracer(fx.Tracer):
         """Turn an argument into a node or a plain value."""
         if is_proxy(a):
             return a.node
+        if isinstance(a, Number):
+            return self.create_node("get_attr", a.name, (), {}) if self._numbers.get(a.name) is a else a.plain
         try:
             return super().create_arg(a.item() if isinstance(a, np.generic) else a)
         except NotImplementedError:  # an object that is handed on as it is
@@ -158,17 +163,19 @@ class ShallowTracer(fx.Tracer):
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             bound.arguments[name] = self._open_argument(name, value)
-        # What the code hands on, as in `dropout(x, self.p, self.training)`, the graph reads anew each time.
+        # Where the code hands `self.training` on, as in `dropout(x, p, self.training)`, the graph does the same.
         own = vars(self.root)
-        self._flags = {name: value for name, value in own.items() if name == "training" or type(value) is float}
-        recorded = {name: self.create_proxy("get_attr", name, (), {}) for name in self._flags}
+        self._flags = {"training": self.root.training}
+        own["training"] = self.create_proxy("get_attr", "training", (), {})
+        self._numbers = make_numbers(self.root, self._note_number)
 
         def run(_: nn.Module) -> Any:
-            own.update(recorded)
+            plain = {name: own[name] for name in self._numbers}
+            own.update(self._numbers)
             try:
                 result = method(*bound.args, **bound.kwargs)
             finally:
-                own.update({name: self._flags[name] for name, proxy in recorded.items() if own.get(name) is proxy})
+                own.update({name: plain[name] for name, number in self._numbers.items() if own.get(name) is number})
             self.doubts += find_odd_containers(result)
             return result
 
@@ -195,6 +202,11 @@ class ShallowTracer(fx.Tracer):
         """Note that the code goes by the number of parts of a tensor, or of what one was cut into."""
         if isinstance(node.meta["value"], Tensor) or is_cut(node):
             self.note_condition(node)
+
+    def _note_number(self, name: str) -> None:
+        """Note that the code goes by one of the module's numbers."""
+        if not self.is_idle:
+            self.asked.add(name)
 
     def note_condition(self, node: fx.Node) -> None:
         """Note that the code asked for the value of a node."""

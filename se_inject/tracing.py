@@ -32,6 +32,7 @@ from se_inject.faithful import (
     kept_random_state,
     reads_mode,
 )
+from se_inject.readings import fix_numbers
 from se_inject.recording import ShallowTracer
 from se_inject.twin import Twin, apart, set_training
 
@@ -118,6 +119,7 @@ def trace_entry(twin: Twin, entry: Entry, call: Call, *, training: bool) -> Trac
             raise TraceError(f"torch.fx cannot follow its {entry.method}: {_explain(error)}") from error
         tracer.doubts.append(str(error))
     tracer.write_back()
+    fix_numbers(graph, tracer.asked)
     _collect_doubts(tracer, graph, owner, method)
     _name_written_values(graph)
     _drop_unused(graph)

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_inject import inject
+from se_inject import blocks, inject
 from se_inject.calls import Call, Entry
 from se_inject.codegen import Method
 from se_inject.equivalence import find_difference
@@ -257,3 +259,89 @@ def test_modules_of_one_kind_are_compared_once():
     method = Method("def forward(self, x):\n    return F.relu(self.branch(x) + x)", {"F": F})
     assert [find_difference(twin, Entry(str(i)), call, method) for i in range(5)] == [""] * 5
     assert len(twin.differences) == 1
+
+
+def halve_before_use(self, x):
+    p = self.p
+    self.p = p * 0.5
+    return x + self.branch(x) * p
+
+
+def set_of_a_child(self, x):
+    self.bn1.momentum = self.p
+    return x + self.branch(x)
+
+
+def hand_on_elsewhere(self, x):
+    NUMBERS["p"] = self.p
+    y = self.branch(x)
+    if x.shape[2] > 100:
+        y = y * 2
+    return x + y * NUMBERS["p"]
+
+
+def guard(self, x):
+    y = self.branch(x)
+    if self.p > 0:
+        y = y / self.p
+    return x + y
+
+
+def bound(self, x):
+    return x + self.branch(x) * max(self.p, 0.1)
+
+
+def compute(self, x):
+    return x + self.branch(x) * (1 - self.p) * self.p
+
+
+def use_numpy(self, x):
+    return x + self.branch(x) * float(np.exp(self.p) + np.clip(self.p, 0, 1))
+
+
+def make_tensors(self, x):
+    return x + self.branch(x) * torch.as_tensor([self.p]) * torch.tensor(self.p)
+
+
+def write_down(self, x):
+    return x + self.branch(x) * len(json.dumps({"p": self.p, "q": f"{self.p:.3f}"})) * float(str(self.p))
+
+
+def copy_it(self, x):
+    return x + self.branch(x) * copy.deepcopy({"p": self.p})["p"] * pickle.loads(pickle.dumps(self.p))
+
+
+NUMBERS = {"p": 0.0}
+USES = (
+    halve_before_use, set_of_a_child, hand_on_elsewhere, guard, bound, compute, use_numpy, make_tensors, write_down,
+    copy_it,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", USES, ids=lambda f: f.__name__)
+def test_numbers_can_be_used_in_any_way(forward):
+    kind = type("Odd", (nets.Residual,), {"forward": forward, "__module__": __name__})
+    odd = kind()
+    odd.p = 0.25
+    setattr(odd, "not a name", 0.5)
+    net = nn.Sequential(nets.conv(3, 16), odd, nets.Residual())
+    injected = inject(net)
+    assert {*blocks(injected)} == {"1.se", "2.se"}
+    assert type(NUMBERS["p"]) is type(odd.bn1.momentum) is type(injected[1].p) is float
+    copied = copy.deepcopy(injected)
+    for model in (net, injected, copied):
+        model[1].p = 0.25
+    assert_same_network(net, copied, torch.randn(X))
+
+
+@pytest.mark.parametrize("forward", [guard, bound, compute], ids=lambda f: f.__name__)
+def test_numbers_by_which_code_goes_stay_what_they_were(forward):
+    kind = type("Odd", (nets.Residual,), {"forward": forward, "__module__": __name__})
+    odd = kind()
+    odd.p = 0.25
+    net = nn.Sequential(nets.conv(3, 16), odd)
+    injected = inject(net).eval()
+    x = torch.randn(X)
+    before = net.eval()(x)
+    injected[1].p = 0.0
+    assert torch.equal(injected(x), before)

@@ -1,8 +1,8 @@
 """Equivalence: find out whether what is written in a method's place does what the method does.
 
 Takes an entry of the fake twin, a call of it and the method as it is written from its graphs, before a block is in it.
-Runs both, in train mode under autocast and for twice the images at twice the resolution, and gives in what they differ.
-The twin stays as it was.
+Runs both, in train mode under autocast and for more and larger images, and gives in what they differ. The twin stays as
+it was.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -17,6 +18,7 @@ from se_inject.account import Known, describe_value, take_account
 from se_inject.calls import Call, Entry
 from se_inject.codegen import Method
 from se_inject.layouts import find_channel_dim
+from se_inject.operations import is_map
 from se_inject.twin import Twin
 
 
@@ -55,8 +57,9 @@ def _compare(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
     replacement = types.MethodType(names[entry.method], owner)  # type: ignore[arg-type]
     known: Known = {}
     with twin.mode:
-        larger, more = _double(call, resolution=True), _double(call, resolution=False)
-    for tries in (((call, True), (call, False)), ((larger, False), (more, False))):
+        others = [_vary(call, height, width) for height, width in ((2, 3), (2, 2), (1, 1))]
+        lower = _lower(call)
+    for tries in (((lower, True), (call, True), (call, False)), [(other, False) for other in others]):
         for tried, training in tries:
             original = take_account(twin, owner, getattr(owner, entry.method), tried, known, training=training)
             if take_account(twin, owner, replacement, tried, known, training=training) != original:
@@ -66,14 +69,30 @@ def _compare(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
     return ""
 
 
-def _double(call: Call, *, resolution: bool) -> Call:
-    """Make a call with twice the images, and with maps of twice the resolution."""
+def _vary(call: Call, height: int, width: int) -> Call:
+    """Make a call with more images, and with maps that are so many times larger."""
 
-    def double(x: object) -> object:
+    def vary(x: object) -> object:
         if not isinstance(x, Tensor) or not x.ndim:
             return x
         channels = find_channel_dim(x)
-        is_larger = resolution and channels is not None
-        return x.new_empty([2 * n if i == 0 or (is_larger and i != channels) else n for i, n in enumerate(x.shape)])
+        last = max((i for i in range(1, x.ndim) if i != channels), default=0)
+        shape = list(x.shape)
+        for i in range(1, x.ndim) if channels is not None else ():
+            shape[i] *= 1 if i == channels else width if i == last else height
+        shape[0] = shape[0] * 3 // 2 if shape[0] % 2 == 0 else shape[0] * 3
+        return x.new_empty(shape)
 
-    return Call(*tree_map(double, (call.args, call.kwargs)))
+    return Call(*tree_map(vary, (call.args, call.kwargs)))
+
+
+def _lower(call: Call) -> Call:
+    """Make a call as it is under autocast, with maps that are laid out channels-last."""
+
+    def lower(x: object) -> object:
+        if not is_map(x):
+            return x
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return x.to(torch.bfloat16).contiguous(memory_format=layout)
+
+    return Call(*tree_map(lower, (call.args, call.kwargs)))

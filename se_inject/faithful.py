@@ -14,7 +14,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -149,6 +149,13 @@ def find_global_write(owner: nn.Module, method: Callable[..., Any]) -> str:
     return "its code sets a variable of its file" if writes else ""
 
 
+def find_handler(owner: nn.Module, method: Callable[..., Any]) -> str:
+    """Find code that catches errors: over fake tensors, and for other images, others are raised."""
+    functions = _walk_functions(type(owner), method)
+    catches = any(i.opname == "CHECK_EXC_MATCH" for f in functions for i in dis.get_instructions(f))
+    return "its code catches errors" if catches else ""
+
+
 def lists_children(kind: type[nn.Module], name: str) -> bool:
     """Tell whether a method of a class goes through the children, whatever they are, and would run one more."""
     if issubclass(kind, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -197,13 +204,24 @@ def _asks_oddly(function: FunctionType) -> bool:
 
 
 def _asks_class(function: FunctionType) -> bool:
-    instructions = list(dis.get_instructions(function))
-    for i, instruction in enumerate(instructions):
-        if instruction.argval == "type" and instruction.opname == "LOAD_GLOBAL" and "type" not in function.__globals__:
-            is_told = any("FORMAT" in later.opname for later in instructions[i + 1 : i + 6])  # in a message
-            if not is_told and not _reads_first(function, instructions[i + 1]):
-                return True
+    if "type" in function.__globals__:
+        return False
+    for code in _walk_code(function.__code__):
+        instructions = list(dis.get_instructions(code))
+        for i, instruction in enumerate(instructions):
+            if instruction.argval == "type" and instruction.opname == "LOAD_GLOBAL":
+                is_told = any("FORMAT" in later.opname for later in instructions[i + 1 : i + 6])  # in a message
+                if not is_told and instructions[i + 1].argval != "self":
+                    return True
     return False
+
+
+def _walk_code(code: CodeType) -> Iterator[CodeType]:
+    """Go through a function's code and that of the functions, lambdas and comprehensions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _walk_code(constant)
 
 
 def _list_own_reads(function: FunctionType) -> Iterator[str]:

@@ -52,7 +52,7 @@ def note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
     if name in _PRODUCTS_OF_MATRICES and len(given) == 2 and given[0].ndim == given[1].ndim > 2:
         _set_parts(result, _follow_product(*given))
         return
-    if name in LINEARS or name in ("layer_norm", "rms_norm"):
+    if name in LINEARS or (name in ("layer_norm", "rms_norm") and (source is None or _is_over_last(args, kwargs))):
         dim = result.ndim - 1
     elif name in CONVOLUTIONS or name in NORMS:
         dim = 1
@@ -77,6 +77,12 @@ def note_layout(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result
     else:
         dim = 1
     set_channel_dim(result, dim)
+
+
+def _is_over_last(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether a norm is over the last dimension alone, which then is the channels, and not over a whole map."""
+    shape = args[1] if len(args) > 1 else kwargs["normalized_shape"]
+    return len(shape) == 1
 
 
 def note_layout_of_parts(args: tuple[Any, ...], kwargs: dict[str, Any], results: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -273,7 +274,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     try:
         with torch.no_grad():  # else the parameters of a scripted module's copy would be no leaves
             copied = copy.deepcopy(model)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, pickle.PickleError) as error:
         line = str(error).splitlines()[0]
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({line}); make pruned or normalised weights permanent "

@@ -26,6 +26,7 @@ from se_inject.faithful import (
     find_class_read,
     find_condition,
     find_global_write,
+    find_handler,
     find_identity,
     find_mode_read,
     kept_attributes,
@@ -149,7 +150,7 @@ def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, me
     returned = (n for n in graph.nodes if n.op == "call_module" or n.target is operator.getitem)
     has_none = any(n.meta.get("value", n) is None for n in returned)
     asked = find_identity(owner, method) if has_none else ""  # of a proxy, which is not None
-    found = (find(owner, method) for find in (find_mode_read, find_class_read, find_global_write))
+    found = (find(owner, method) for find in (find_mode_read, find_class_read, find_global_write, find_handler))
     tracer.doubts += filter(None, (find_condition(tracer.conditions), asked, *found))
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         tracer.doubts.append("it makes a constant tensor while it runs")

@@ -96,6 +96,46 @@ def asks_inference(self, x):
     return x + (y * 2 if torch.is_inference_mode_enabled() else y)
 
 
+def is_plain(value):
+    return type(value) is torch.Tensor
+
+
+def asks_class_in_a_function(self, x):
+    y = self.branch(x)
+    return x + (y * 2 if is_plain(x) else y)
+
+
+def asks_class_in_a_lambda(self, x):
+    is_plain = lambda value: type(value) is torch.Tensor  # noqa: E731
+    y = self.branch(x)
+    return x + (y * 2 if is_plain(x) else y)
+
+
+def reads_the_text_of_a_type(self, x):
+    y = self.branch(x) * {"torch.float32": 1.0}.get(f"{x.dtype}", 2.0)
+    return x + y
+
+
+def reads_the_text_of_a_size(self, x):
+    y = self.branch(x) * (2.0 if str(x.shape[0] % 2) == "0" else 1.0)
+    return x + y
+
+
+def compares_texts(self, x):
+    y = self.branch(x) * (2.0 if f"{x.shape[2]}" == f"{x.shape[3]}" else 1.0)
+    return x + y
+
+
+def views_or_reshapes(self, x):
+    y = self.branch(x)
+    try:
+        z = y.view(y.shape[0], -1).mean()
+    except RuntimeError:
+        z = y.reshape(y.shape[0], -1).mean() * 2
+    y = y * z
+    return x + y
+
+
 CALLS = 0
 
 
@@ -114,7 +154,8 @@ ATTRIBUTES = {
 }
 FORWARDS = (
     asks_class, matches_shape, chooses_by_text, finds_by_type, finds_by_device, tries, draws, stores, writes_on_a_child,
-    asks_layout, asks_autocast, asks_inference, counts_in_its_file,
+    asks_layout, asks_autocast, asks_inference, counts_in_its_file, asks_class_in_a_function, asks_class_in_a_lambda,
+    reads_the_text_of_a_type, reads_the_text_of_a_size, compares_texts, views_or_reshapes,
 )  # fmt: skip
 
 
@@ -133,8 +174,8 @@ def test_code_that_does_more_than_its_graph_keeps_its_source(forward):
     source = inspect.getsource(type(injected[1]))
     assert "self.branch(x)" in source
     assert "self.se(" in source
-    for size in (16, 8, 5):
-        x = torch.randn(2, 3, size, size)
+    for shape in (X, (2, 3, 8, 8), (3, 3, 5, 6)):
+        x = torch.randn(shape)
         for images in (x, x.to(memory_format=torch.channels_last)):
             assert_same_network(net, injected, images)
     for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):

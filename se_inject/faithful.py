@@ -7,6 +7,7 @@ draw, a change of state, a switch of modes, a condition on the input. Leaves the
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import itertools
 import operator
@@ -131,8 +132,7 @@ def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
 
 def find_identity(owner: nn.Module, method: Callable[..., Any]) -> str:
     """Find code that asks whether something is None, or another object, which a proxy is not."""
-    functions = _walk_functions(type(owner), method)
-    asks = any(i.opname == "IS_OP" or "NONE" in i.opname for f in functions for i in dis.get_instructions(f))
+    asks = _executes(owner, method, lambda name: name == "IS_OP" or "NONE" in name)
     return "its code may ask whether what a child returns is None" if asks else ""
 
 
@@ -144,16 +144,13 @@ def find_class_read(owner: nn.Module, method: Callable[..., Any]) -> str:
 
 def find_global_write(owner: nn.Module, method: Callable[..., Any]) -> str:
     """Find code that sets a variable of its file, a counter, say; a graph holds no such thing."""
-    functions = _walk_functions(type(owner), method)
-    writes = any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for f in functions for i in dis.get_instructions(f))
-    return "its code sets a variable of its file" if writes else ""
+    is_set = _executes(owner, method, lambda name: name in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+    return "its code sets a variable of its file" if is_set else ""
 
 
 def find_handler(owner: nn.Module, method: Callable[..., Any]) -> str:
     """Find code that catches errors: over fake tensors, and for other images, others are raised."""
-    functions = _walk_functions(type(owner), method)
-    catches = any(i.opname == "CHECK_EXC_MATCH" for f in functions for i in dis.get_instructions(f))
-    return "its code catches errors" if catches else ""
+    return "its code catches errors" if _executes(owner, method, lambda name: name == "CHECK_EXC_MATCH") else ""
 
 
 def lists_children(kind: type[nn.Module], name: str) -> bool:
@@ -193,8 +190,19 @@ def find_odd_containers(value: object) -> Iterator[str]:
         yield f"it returns a {type(value).__name__}"
 
 
+def _executes(owner: nn.Module, method: Callable[..., Any], matches: Callable[[str], bool]) -> bool:
+    functions = _walk_functions(type(owner), method)
+    return any(matches(i.opname) for function in functions for i in _list_instructions(function.__code__))
+
+
+@functools.lru_cache
+def _list_instructions(code: CodeType) -> list[dis.Instruction]:
+    """List the instructions of code, which many modules share."""
+    return list(dis.get_instructions(code))
+
+
 def _asks_oddly(function: FunctionType) -> bool:
-    instructions = list(dis.get_instructions(function))
+    instructions = _list_instructions(function.__code__)
     for i, instruction in enumerate(instructions):
         if instruction.argval == "training" and instruction.opname.startswith("LOAD_ATTR"):
             compared = any(later.opname in ("IS_OP", "COMPARE_OP") for later in instructions[i + 1 : i + 3])
@@ -207,7 +215,7 @@ def _asks_class(function: FunctionType) -> bool:
     if "type" in function.__globals__:
         return False
     for code in _walk_code(function.__code__):
-        instructions = list(dis.get_instructions(code))
+        instructions = _list_instructions(code)
         for i, instruction in enumerate(instructions):
             if instruction.argval == "type" and instruction.opname == "LOAD_GLOBAL":
                 is_told = any("FORMAT" in later.opname for later in instructions[i + 1 : i + 6])  # in a message
@@ -226,7 +234,7 @@ def _walk_code(code: CodeType) -> Iterator[CodeType]:
 
 def _list_own_reads(function: FunctionType) -> Iterator[str]:
     """List what a method reads of its first argument, as `children` in `self.children()`."""
-    for before, instruction in itertools.pairwise(dis.get_instructions(function)):
+    for before, instruction in itertools.pairwise(_list_instructions(function.__code__)):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and _reads_first(function, before):
             yield str(instruction.argval)
 

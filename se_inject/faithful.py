@@ -168,7 +168,9 @@ def _walk_functions(kind: type, method: Callable[..., Any]) -> Iterator[Function
     waiting = [inspect.unwrap(getattr(method, "__func__", method))]
     while waiting:
         function = waiting.pop()
-        if not isinstance(function, FunctionType) or function in seen or str(function.__module__).startswith("torch."):
+        if not isinstance(function, FunctionType) or function in seen:
+            continue
+        if str(function.__module__).partition(".")[0] == "torch":
             continue
         seen.add(function)
         yield function

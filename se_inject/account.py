@@ -79,6 +79,7 @@ def take_account(
     with twin.mode:
         args, kwargs = tree_map(copy, (call.args, call.kwargs))
     account = _Account(owner, list(fresh.values()), known)
+    returned: list[object] = []
     try:
         with (
             set_training(owner, training),
@@ -91,10 +92,12 @@ def take_account(
             account.noted_calls(),
             account,
         ):
-            result = method(*args, **kwargs)
+            returned.append(method(*args, **kwargs))
     except Exception:  # noqa: BLE001  whatever the user's forward raises
-        return None
-    return account.finish((result, args, kwargs))
+        if not returned:
+            return None
+        returned.append("it changed an attribute")
+    return account.finish((returned, args, kwargs))
 
 
 class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch

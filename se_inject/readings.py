@@ -24,18 +24,18 @@ class Number(float):
 
     Args:
         value: The number.
-        name: The module's name for it.
+        name: The module's name for it; what code makes of it has none.
         note: Is called where the code asks for it, with the name.
     """
 
-    def __new__(cls, value: float, name: str, note: Callable[[str], None]) -> Number:
+    def __new__(cls, value: float, name: str = "", note: Callable[[str], object] = str) -> Number:
         """Make a float that has a name."""
         number = super().__new__(cls, value)
         number.name, number.note = name, note
         return number
 
     name: str
-    note: Callable[[str], None]
+    note: Callable[[str], object]
 
     @property
     def plain(self) -> float:

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import statistics
 
 import numpy as np
 import pytest
@@ -352,10 +353,35 @@ def copy_it(self, x):
     return x + self.branch(x) * copy.deepcopy({"p": self.p})["p"] * pickle.loads(pickle.dumps(self.p))
 
 
+def use_statistics(self, x):
+    return x + self.branch(x) * statistics.mean([self.p, 1.0]) * type(self.p)(2)
+
+
+class Decaying(nets.Residual):
+    def forward_features(self, x):
+        if self.training:
+            self.p = self.p * 0.5
+        return self.branch(x)
+
+    def forward(self, x):
+        p = self.p
+        y = self.forward_features(x)
+        return x + y * p
+
+
+def test_a_number_that_a_method_changes_is_read_before():
+    net = nn.Sequential(nets.conv(3, 16), Decaying(), nets.Residual())
+    net[1].p = 0.25
+    injected = inject(net)
+    assert "1.se" in blocks(injected)
+    assert_same_network(net, injected, torch.randn(X))
+    assert net[1].p == injected[1].p == 0.125
+
+
 NUMBERS = {"p": 0.0}
 USES = (
     halve_before_use, set_of_a_child, hand_on_elsewhere, guard, bound, compute, use_numpy, make_tensors, write_down,
-    copy_it,
+    copy_it, use_statistics,
 )  # fmt: skip
 
 

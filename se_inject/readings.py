@@ -74,8 +74,7 @@ def make_numbers(owner: nn.Module, note: Callable[[str], None]) -> dict[str, Num
 
 def fix_numbers(graph: fx.Graph, names: set[str]) -> None:
     """Write some numbers that a graph reads down as the values that they had."""
-    asked = [node for node in graph.nodes if node.op == "get_attr" and node.target in names]
-    read = {node: float.__pos__(node.meta["value"]) for node in asked}
+    read = {node: node.meta["value"] for node in graph.nodes if node.op == "get_attr" and node.target in names}
 
     def fix(node: fx.Node) -> Any:
         return read.get(node, node)

@@ -284,6 +284,8 @@ class ShallowTracer(fx.Tracer):
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         target = str(node.target)
+        if target in self._numbers and node.op == "get_attr":
+            return self._numbers[target].plain
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         value = operator.attrgetter(target)(self.root)

@@ -309,6 +309,14 @@ def halve_before_use(self, x):
     return x + self.branch(x) * p
 
 
+def keep_a_map_instead(self, x):
+    p = self.p
+    self.p = self.branch(x)
+    y = self.p * p
+    self.p = p
+    return x + y
+
+
 def set_of_a_child(self, x):
     self.bn1.momentum = self.p
     return x + self.branch(x)
@@ -380,7 +388,8 @@ def test_a_number_that_a_method_changes_is_read_before():
 
 NUMBERS = {"p": 0.0}
 USES = (
-    halve_before_use, set_of_a_child, hand_on_elsewhere, guard, bound, compute, use_numpy, make_tensors, write_down,
+    halve_before_use, keep_a_map_instead, set_of_a_child,
+    hand_on_elsewhere, guard, bound, compute, use_numpy, make_tensors, write_down,
     copy_it, use_statistics,
 )  # fmt: skip
 

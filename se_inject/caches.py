@@ -34,10 +34,8 @@ _CACHE: Any = type(functools.cache(len))
 _MAPPINGS: tuple[Any, ...] = (OrderedDict, dict, WeakKeyDictionary, WeakValueDictionary)
 _COLLECTIONS: tuple[Any, ...] = (list, deque, set, WeakSet)
 _PLACES = frozenset([*_MAPPINGS, *_COLLECTIONS, CellType, type])
-_BASES: tuple[Any, ...] = (
-    *(*_MAPPINGS, *_COLLECTIONS, CellType, type),
-    *(tuple, FunctionType, _CACHE, staticmethod, classmethod, property),
-)
+_FUNCTIONS: tuple[Any, ...] = (FunctionType, _CACHE, staticmethod, classmethod, property)
+_BASES: tuple[Any, ...] = (*_MAPPINGS, *_COLLECTIONS, CellType, type, tuple, *_FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -213,13 +211,14 @@ def _holds_same(now: Any, was: Any) -> bool:
 
 def _holds_new(place: _Place, matches: Callable[[type], bool]) -> bool:
     """Tell whether something of a kind was put in a place, within containers and plain objects too."""
-    now = _read(place.holder, place.base)
-    if _holds_same(now, place.was):
-        return False
-    known = set(map(id, _list_values(place.was)))
-    leaves = tree_leaves([x for x in _list_values(now) if id(x) not in known])
-    stores = [_get_attributes(x) for x in leaves if _find_base(type(x)) is object]
-    return any(matches(type(x)) for x in (*leaves, *tree_leaves(stores)))
+    with suppress(Exception):  # another thread writes on it, say
+        now = _read(place.holder, place.base)
+        if not _holds_same(now, place.was):
+            known = set(map(id, _list_values(place.was)))
+            leaves = tree_leaves([x for x in _list_values(now) if id(x) not in known])
+            stores = [_get_attributes(x) for x in leaves if _find_base(type(x)) is object]
+            return any(matches(type(x)) for x in (*leaves, *tree_leaves(stores)))
+    return False
 
 
 def _is_traced(kind: type) -> bool:

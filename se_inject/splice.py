@@ -20,9 +20,9 @@ from torch import fx, nn
 
 from se_inject.codegen import Method, write_parameters
 from se_inject.errors import TraceError
-from se_inject.faithful import lists_children
 from se_inject.functions import ADDITIONS, CONCATENATIONS
 from se_inject.hazards import get_ancestors, get_descendants
+from se_inject.instructions import lists_children
 from se_inject.operations import is_map
 from se_inject.places import Place
 from se_inject.tracing import Trace

@@ -23,16 +23,12 @@ from se_inject.errors import TraceError, get_first_line
 from se_inject.faithful import (
     CONSTANT,
     SHAPE_READS,
-    find_class_read,
     find_condition,
-    find_global_write,
-    find_handler,
-    find_identity,
-    find_mode_read,
     kept_attributes,
     kept_random_state,
     reads_mode,
 )
+from se_inject.instructions import find_class_read, find_global_write, find_handler, find_identity, find_mode_read
 from se_inject.readings import fix_numbers
 from se_inject.recording import ShallowTracer
 from se_inject.twin import Twin, apart, set_training

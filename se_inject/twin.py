@@ -32,7 +32,7 @@ class Twin:
 
     model: nn.Module
     mode: FakeTensorMode
-    differences: dict[object, str] = field(default_factory=dict)
+    differences: dict[object, str] = field(default_factory=dict, compare=False)
     """In what written methods were found to differ from those of its modules."""
 
     def make_tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

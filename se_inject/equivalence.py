@@ -53,7 +53,7 @@ def _describe(owner: nn.Module) -> Iterator[object]:
 def _compare(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
     owner = twin.model.get_submodule(entry.path)
     names = dict(written.names)
-    exec(compile(written.source, "<written>", "exec"), names)  # noqa: S102  our own code
+    exec(compile(written.source, "<se_inject.generated to compare>", "exec"), names)  # noqa: S102  our own code
     replacement = types.MethodType(names[entry.method], owner)  # type: ignore[arg-type]
     known: Known = {}
     with twin.mode:

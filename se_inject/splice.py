@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import ast
 import builtins
-import dis
 import inspect
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import FunctionType
 
 from torch import fx, nn
 
 from se_inject.codegen import Method, write_parameters
 from se_inject.errors import TraceError
+from se_inject.file_variables import get_stored, read_from_file
 from se_inject.functions import ADDITIONS, CONCATENATIONS
 from se_inject.hazards import get_ancestors, get_descendants
 from se_inject.instructions import lists_children
 from se_inject.operations import is_map
 from se_inject.places import Place
 from se_inject.tracing import Trace
-
-_FIXED = (ModuleType, type, FunctionType, BuiltinFunctionType)
-"""What a file defines or imports, and does not set anew."""
 
 
 @dataclass(frozen=True)
@@ -100,53 +96,14 @@ def splice_method(owner: nn.Module, trace: Trace, blocks: Sequence[tuple[str, Pl
     tree.decorator_list, tree.returns = [], None
     if ast.get_docstring(tree) is not None and len(tree.body) > 1:
         del tree.body[0]
-    file_names = _read_from_file(tree, function, trace.doubt)
+    file_names = read_from_file(tree, function, trace.doubt)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(function.__code__.co_varnames)
     names = {name: function.__globals__[name] for name in sorted(used) if name in function.__globals__} | file_names
     if names.get(type(owner).__name__, type(owner)) is not type(owner):
         raise TraceError(trace.doubt)
-    if any(name not in names and not hasattr(builtins, name) for name in used - _get_stored(tree)):
+    if any(name not in names and not hasattr(builtins, name) for name in used - get_stored(tree)):
         raise TraceError(trace.doubt)
     return Method(ast.unparse(ast.fix_missing_locations(tree)), names)
-
-
-def _read_from_file(tree: ast.FunctionDef, function: FunctionType, doubt: str) -> dict[str, object]:
-    """Let a method read and write its file's variables there, as `file.LINE`, for code may set them later.
-
-    Modules, classes and functions stay what they are.
-
-    Returns:
-        The file by its name in the method; empty if it has no use.
-
-    Raises:
-        TraceError: A name is a variable of the file's and another one too.
-    """
-    file = sys.modules.get(function.__module__)
-    if file is None or vars(file) is not function.__globals__:
-        return {}
-    written = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
-    own = {*function.__code__.co_varnames, *(_get_stored(tree) - written)}
-    loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}.intersection(function.__globals__) - own
-    variables = written | {n for n in loaded if not isinstance(function.__globals__[n], _FIXED)}
-    read = {i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"}
-    if any(not isinstance(function.__globals__.get(n), _FIXED) for n in read.intersection(own)):
-        raise TraceError(doubt)  # a comprehension has a variable of this name too
-    if not variables:
-        return {}
-    taken = {*own, *function.__globals__, *dir(builtins)}
-    base = file.__name__.rpartition(".")[2].strip("_")
-    name = next(n for n in (base, f"{base}_file", *(f"file_{i}" for i in range(len(taken) + 1))) if n not in taken)
-
-    class Read(ast.NodeTransformer):
-        def visit_Name(self, node: ast.Name) -> ast.AST:
-            return ast.Attribute(ast.Name(name, ast.Load()), node.id, node.ctx) if node.id in variables else node
-
-        def visit_Global(self, node: ast.Global) -> ast.AST:  # noqa: ARG002
-            return ast.Pass()
-
-    Read().visit(tree)
-    tree.body = [statement for statement in tree.body if not isinstance(statement, ast.Pass)]
-    return {name: file}
 
 
 def _get_function(owner: nn.Module, trace: Trace) -> FunctionType:
@@ -183,15 +140,6 @@ def _parse_parameters(trace: Trace) -> ast.arguments:
     function = ast.parse(f"def f(self, {write_parameters(trace.signature)}): pass").body[0]
     assert isinstance(function, ast.FunctionDef)
     return function.args
-
-
-def _get_stored(tree: ast.AST) -> set[str]:
-    stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
-    return (
-        stored
-        | {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
-        | {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
-    )
 
 
 def _get_expression(trace: Trace, place: Place) -> tuple[int, int, int, int] | None:

@@ -1,6 +1,7 @@
 """Blocks that are written into the source of a method, where a graph would do less than the code."""
 
 import copy
+import importlib.util
 import inspect
 import pickle
 import sys
@@ -296,3 +297,20 @@ def test_a_name_of_two_variables_is_left():
 
     with pytest.raises(EmptyPlanError, match="depends on the size"):
         make_plan(nn.Sequential(nets.conv(3, 16), Twofold()))
+
+
+def test_files_may_have_any_name(tmp_path, monkeypatch):
+    path = tmp_path / "my-net.py"
+    path.write_text(
+        "from tests.test_splice import Sized\n\nGAIN = 2.0\n\n\nclass Scaled(Sized):\n    def forward(self, x):\n"
+        "        x = self.prepare(x)\n        return x + self.branch(x) * GAIN\n"
+    )
+    specification = importlib.util.spec_from_file_location("my-net", path)
+    file = importlib.util.module_from_spec(specification)
+    monkeypatch.setitem(sys.modules, "my-net", file)
+    specification.loader.exec_module(file)
+    net = nn.Sequential(nets.conv(3, 16), file.Scaled())
+    injected = inject(net)
+    assert "file_0.GAIN" in inspect.getsource(type(injected[1]))
+    file.GAIN = 3.0
+    assert_same_network(net, injected, torch.randn(X))

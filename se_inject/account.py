@@ -59,7 +59,14 @@ def describe_value(value: object) -> str:
 
 
 def take_account(
-    twin: Twin, owner: nn.Module, method: Callable[..., Any], call: Call, known: Known, *, training: bool
+    twin: Twin,
+    owner: nn.Module,
+    method: Callable[..., Any],
+    call: Call,
+    known: Known,
+    *,
+    training: bool,
+    autocast: bool,
 ) -> list[Step] | None:
     """Run a method over fake tensors, and list all that counts; None if it raised.
 
@@ -69,7 +76,8 @@ def take_account(
         method: The method, bound.
         call: What it is called with; it gets copies.
         known: What children gave so far; is filled.
-        training: In train mode under autocast, or in eval mode without.
+        training: In train or in eval mode.
+        autocast: Under autocast to bfloat16.
     """
     fresh: dict[int, Tensor] = {}
 
@@ -87,7 +95,7 @@ def take_account(
             kept_random_state(),
             kept_attributes(owner),
             torch.no_grad(),
-            torch.autocast(get_device(owner).type, torch.bfloat16, enabled=training),
+            torch.autocast(get_device(owner).type, torch.bfloat16, enabled=autocast),
             twin.mode,
             account.noted_calls(),
             account,

@@ -62,8 +62,12 @@ def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
 
 def write_class(name: str, base: str, docstring: str, methods: Sequence[Method]) -> str:
     """Write a subclass of `base` that has the given methods."""
-    indented = ["".join(f"    {line}\n" for line in method.source.splitlines()) for method in methods]
-    return f'class {name}({base}):\n    """{docstring}"""\n\n' + "\n".join(indented)
+    return f'class {name}({base}):\n    """{docstring}"""\n\n' + "\n".join(map(indent_method, methods))
+
+
+def indent_method(method: Method) -> str:
+    """Write a method as it stands in a class."""
+    return "".join(f"    {line}\n" for line in method.source.splitlines())
 
 
 def write_parameters(signature: inspect.Signature) -> str:

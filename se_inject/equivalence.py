@@ -1,12 +1,13 @@
 """Equivalence: find out whether what is written in a method's place does what the method does.
 
 Takes an entry of the fake twin, a call of it and the method as it is written from its graphs, before a block is in it.
-Runs both, in train mode under autocast and for more and larger images, and gives in what they differ. The twin stays as
+Runs both, under autocast and for more and larger images, and gives in what they differ. The twin stays as
 it was.
 """
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator
 
@@ -22,7 +23,7 @@ from se_inject.operations import is_map
 from se_inject.twin import Twin
 
 
-def find_difference(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
+def find_difference(twin: Twin, entry: Entry, call: Call, written: Method, *, training: bool = True) -> str:
     """Find in what a method and the one that is to take its place differ.
 
     Of the modules of one class with the same plain attributes, whose written methods are the same, one is looked at.
@@ -32,14 +33,15 @@ def find_difference(twin: Twin, entry: Entry, call: Call, written: Method) -> st
         entry: The method's place.
         call: What it was called with.
         written: What is to take its place, without blocks.
+        training: Whether it is to do so in train mode, too.
 
     Returns:
         A reason; empty if they do the same.
     """
     owner = twin.model.get_submodule(entry.path)
-    key = (entry.method, written.source, *map(id, written.names.values()), *_describe(owner))
+    key = (training, entry.method, written.source, *map(id, written.names.values()), *_describe(owner))
     if key not in twin.differences:
-        twin.differences[key] = _compare(twin, entry, call, written)
+        twin.differences[key] = _compare(twin, entry, call, written, training=training)
     return twin.differences[key]
 
 
@@ -50,7 +52,7 @@ def _describe(owner: nn.Module) -> Iterator[object]:
     yield from ((name, type(child)) for name, child in owner._modules.items())
 
 
-def _compare(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
+def _compare(twin: Twin, entry: Entry, call: Call, written: Method, *, training: bool) -> str:
     owner = twin.model.get_submodule(entry.path)
     names = dict(written.names)
     exec(compile(written.source, "<se_inject.generated to compare>", "exec"), names)  # noqa: S102  our own code
@@ -59,10 +61,14 @@ def _compare(twin: Twin, entry: Entry, call: Call, written: Method) -> str:
     with twin.mode:
         others = [_vary(call, height, width) for height, width in ((2, 3), (2, 2), (1, 1))]
         lower = _lower(call)
-    for tries in (((lower, True), (call, True), (call, False)), [(other, False) for other in others]):
-        for tried, training in tries:
-            original = take_account(twin, owner, getattr(owner, entry.method), tried, known, training=training)
-            if take_account(twin, owner, replacement, tried, known, training=training) != original:
+    modes = [(lower, training, True), (call, training, False), (call, False, False)]
+    for tries in (modes, [(other, False, False) for other in others]):
+        for tried, mode, autocast in tries:
+            account = functools.partial(
+                take_account, twin, owner, call=tried, known=known, training=mode, autocast=autocast
+            )
+            original = account(getattr(owner, entry.method))
+            if account(replacement) != original:
                 return "its code does something that the graph of torch.fx does not"
             if original is not None:
                 break  # else it does not run that way

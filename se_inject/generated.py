@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from se_inject.codegen import Method, write_class
+from se_inject.codegen import Method, indent_method, write_class
 from se_inject.errors import ModelError
 
 _GENERATED = "se_inject.generated"
@@ -55,6 +55,14 @@ def derive_class(
     source = write_class(name, base.__name__, docstring.replace("\\", "/").replace('"', "'"), list(methods.values()))
     names = {name: value for method in methods.values() for name, value in method.names.items()}
     return _make_class(base, name, source, names)
+
+
+def has_method(cls: type[nn.Module], method: Method) -> bool:
+    """Tell whether a class is a generated one whose own method is this one, to the letter."""
+    if "_se_inject_code" not in vars(cls):
+        return False
+    _, _, source, names = cls._se_inject_code  # type: ignore[attr-defined]
+    return indent_method(method) in source and all(names.get(key) is value for key, value in method.names.items())
 
 
 def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:

@@ -19,18 +19,19 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite, mark_block
 from se_inject.calls import Call, Entry, decode_call, encode_call
 from se_inject.codegen import Method, write_method
+from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
 from se_inject.folding import Course, add_biases, fold_norms, follow_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
-from se_inject.generated import derive_class
+from se_inject.generated import derive_class, has_method
 from se_inject.marks import OPTIMIZED, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
 from se_inject.rewrite import copy_model, find_plan, forget_values
-from se_inject.tracing import trace_entry
+from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin, alone, apart, get_dtype, make_twin, set_training
 
 _TAP = "forward_intermediates"
@@ -178,6 +179,13 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
             return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))
 
 
+def _differs(twin: Twin, entry: Entry, call: Call, trace: Trace) -> bool:
+    """Tell whether the code that would be written without any fusion does something else than the owner's."""
+    owner = twin.model.get_submodule(entry.path)
+    written = write_method(owner, [trace])
+    return not has_method(type(owner), written) and bool(find_difference(twin, entry, call, written, training=False))
+
+
 def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:
     return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
@@ -191,12 +199,14 @@ def _prepare(twin: Twin, plan: Plan, course: Course) -> list[_Surgery]:
         names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
+        call = decode_call(plan.calls[entry.key], twin)
         try:
-            trace = trace_entry(twin, entry, decode_call(plan.calls[entry.key], twin), training=False)
-            if trace.doubt or not names:
+            trace = trace_entry(twin, entry, call, training=False)
+            is_graph = isinstance(owner, fx.GraphModule)
+            if trace.doubt or not names or (not is_graph and _differs(twin, entry, call, trace)):
                 continue
             fusions = fuse_blocks(owner, trace.graph, names, bare=bare, single=single)
-            method = None if isinstance(owner, fx.GraphModule) else write_method(owner, [trace])
+            method = None if is_graph else write_method(owner, [trace])
         except TraceError:
             continue
         surgery = surgeries.setdefault(entry.path, _Surgery(entry.path))

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from se_inject import blocks, inject
+from se_inject import blocks, inject, optimize
 from se_inject.calls import Call, Entry
 from se_inject.codegen import Method
 from se_inject.equivalence import find_difference
 from se_inject.twin import make_twin
 from tests import nets
 from tests.equality import assert_equal_outputs, assert_same_network
+from tests.test_optimization import train_a_little
 
 X = (2, 3, 16, 16)
 
@@ -182,6 +183,17 @@ def test_code_that_does_more_than_its_graph_keeps_its_source(forward):
     for context in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
         with context:
             assert_equal_outputs(net.eval()(x), injected.eval()(x))
+
+
+@pytest.mark.parametrize("forward", FORWARDS, ids=lambda f: f.__name__)
+def test_such_code_keeps_its_source_when_it_is_optimized(forward):
+    injected = inject(make_net(forward), example=torch.zeros(X)).eval()
+    train_a_little(injected)
+    fast = optimize(injected)
+    for shape in (X, (2, 3, 8, 8), (3, 3, 5, 6)):
+        x = torch.randn(shape)
+        for images in (x, x.to(memory_format=torch.channels_last)):
+            torch.testing.assert_close(fast(images), injected(images))
 
 
 def test_what_the_code_keeps_elsewhere_is_kept_again():

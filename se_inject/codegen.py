@@ -29,10 +29,11 @@ _MIN_PREFIX = 3
 
 @dataclass(frozen=True)
 class Method:
-    """The source of a method, and the objects behind the global names in it."""
+    """The source of a method, the objects behind its global names, and the statements that refuse other arguments."""
 
     source: str
     names: Mapping[str, object]
+    guards: tuple[str, ...] = ()
 
 
 def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
@@ -54,10 +55,12 @@ def write_method(owner: nn.Module, traces: Sequence[Trace]) -> Method:
         body = [ast.If(test=test, body=bodies[True], orelse=bodies[False])]
     function = ast.parse(f"def {first.entry.method}(self, {write_parameters(first.signature)}): pass").body[0]
     assert isinstance(function, ast.FunctionDef)
-    function.body = [*_write_guards(first), *body]
+    guards = _write_guards(first)
+    function.body = [*guards, *body]
     source = ast.unparse(ast.fix_missing_locations(function))
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
-    return Method(source, {name: value for name, value in names.items() if name in used})
+    names = {name: value for name, value in names.items() if name in used}
+    return Method(source, names, tuple(map(ast.unparse, guards)))
 
 
 def write_class(name: str, base: str, docstring: str, methods: Sequence[Method]) -> str:

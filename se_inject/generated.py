@@ -59,10 +59,14 @@ def derive_class(
 
 def has_method(cls: type[nn.Module], method: Method) -> bool:
     """Tell whether a class is a generated one whose own method is this one, to the letter."""
-    if "_se_inject_code" not in vars(cls):
-        return False
-    _, _, source, names = cls._se_inject_code  # type: ignore[attr-defined]
+    _, _, source, names = vars(cls).get("_se_inject_code", (None, None, "", {}))
     return indent_method(method) in source and all(names.get(key) is value for key, value in method.names.items())
+
+
+def is_narrower(cls: type[nn.Module], method: Method) -> bool:
+    """Tell whether a method refuses arguments that a class's own one takes."""
+    source = vars(cls).get("_se_inject_code", (None, None, "", {}))[2]
+    return any(line.strip() not in source for guard in method.guards for line in guard.splitlines())
 
 
 def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:

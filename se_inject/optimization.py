@@ -26,7 +26,7 @@ from se_inject.faithful import kept_random_state
 from se_inject.folding import Course, add_biases, fold_norms, follow_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
-from se_inject.generated import derive_class, has_method
+from se_inject.generated import derive_class, has_method, is_narrower
 from se_inject.marks import OPTIMIZED, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
@@ -180,10 +180,13 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
 
 
 def _differs(twin: Twin, entry: Entry, call: Call, trace: Trace) -> bool:
-    """Tell whether the code that would be written without any fusion does something else than the owner's."""
+    """Tell whether the code that would be written without any fusion does less than the owner's, or something else."""
     owner = twin.model.get_submodule(entry.path)
     written = write_method(owner, [trace])
-    return not has_method(type(owner), written) and bool(find_difference(twin, entry, call, written, training=False))
+    if has_method(type(owner), written):
+        return False
+    is_narrow = is_narrower(type(owner), written)
+    return is_narrow or bool(find_difference(twin, entry, call, written, training=False))
 
 
 def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:

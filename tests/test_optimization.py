@@ -380,6 +380,15 @@ def test_torch_compile_and_export(resnet, x):
         assert program.module()(torch.cat([x, x]))[:2].shape == expected.shape
 
 
+def test_arguments_that_the_example_did_not_give_are_taken(x):
+    model = make("repvgg_a0")
+    fast = optimize(model)
+    with torch.no_grad():
+        features = model.forward_features(x)
+        expected = model.forward_head(features.clone(), pre_logits=True)
+        torch.testing.assert_close(fast.forward_head(features, pre_logits=True), expected)
+
+
 def test_a_graph_module_stays_one():
     torch.manual_seed(0)
     model = train_a_little(inject(fx.symbolic_trace(torchvision.models.resnet18(num_classes=4)), r=4))

@@ -83,6 +83,17 @@ def watch_state(model: nn.Module) -> Callable[[], bool]:
     return lambda: not all(_holds_same(container, content) for container, content in contents)
 
 
+def list_held(module: nn.Module) -> list[Tensor]:
+    """List the tensors that a module, without those in it, has in its attributes, in containers and plain objects."""
+    own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
+    contents = (content for _, content in _copy_containers([own]))
+    return [x for content in contents for x in _list_items(content) if isinstance(x, Tensor)]
+
+
+def _list_items(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
 def get_modes() -> tuple[object, ...]:
     """Return the modes that code can switch for a part of itself: gradients, inference, autocast."""
     autocast = [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")]

@@ -9,10 +9,11 @@ and the convolutions that it may follow are left alone.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from se_inject.faithful import list_held
 from se_inject.functions import CONVOLUTIONS
+from se_inject.tracing import replaced
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -49,16 +52,25 @@ class Course:
     Attributes:
         folds: The batch norms that can go into a convolution.
         num_uses: How often the tensors of each convolution and each batch norm were used, by itself or by others.
+        keeping: The modules that hold tensors in their attributes, such as a map that somebody looks at afterwards.
+        steps: What ran, one after the other, and the shapes that it gave.
     """
 
     folds: tuple[Fold, ...]
     num_uses: Counter[str]
+    keeping: frozenset[str]
+    steps: tuple[_Step, ...]
 
     def agree(self, other: Course) -> Course:
         """Keep the folds that another run of the same network shows too, or says nothing of."""
         uses = other.num_uses
         kept = (f for f in self.folds if f in other.folds or not (uses[f.convolution] or uses[f.norm]))
-        return Course(tuple(kept), self.num_uses)
+        return replace(self, folds=tuple(kept), keeping=self.keeping | other.keeping)
+
+    def list_without(self, folds: Collection[Fold]) -> list[_Step]:
+        """List what would run if some batch norms were folded."""
+        norms = {fold.norm for fold in folds}
+        return [step for step in self.steps if step.norm not in norms]
 
 
 def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
@@ -70,9 +82,10 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
     """
     with _given_biases(model):
         watch = _Watch(model)
-        with torch.no_grad(), watch:
+        with torch.no_grad(), watch.noted_calls(), watch:
             outputs = run()
-    for x in tree_leaves(outputs):
+    held = {path: list_held(module) for path, module in model.named_modules()}
+    for x in (*tree_leaves(outputs), *itertools.chain.from_iterable(held.values())):
         watch.note_reader(x, None)
     watch.note_use(tree_leaves(outputs))
     folds = []
@@ -82,7 +95,45 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         is_only = norm is not None and watch.num_uses[path] == watch.num_uses[norm] == 1
         if norm is not None and is_only and path not in rivalled and _can_fold(model, path, norm):
             folds.append(Fold(path, norm, not _find_extras(model.get_submodule(norm))))
-    return Course(tuple(folds), watch.num_uses)
+    keeping = frozenset(path for path, tensors in held.items() if tensors)
+    return Course(tuple(folds), watch.num_uses, keeping, (*watch.steps, _Step("", _get_shapes(outputs))))
+
+
+def confirm_folds(model: nn.Module, run: Callable[[], object], course: Course) -> Course:
+    """Drop the folds after which the network would take another course, as code does that asks a layer for its class.
+
+    Args:
+        model: The network that was followed.
+        run: Runs it once more, as it was run then.
+        course: What was seen.
+    """
+
+    def confirm(folds: Sequence[Fold]) -> Sequence[Fold]:
+        with _left_out(model, folds):
+            try:
+                steps = list(follow_norms(model, run).steps)
+            except Exception:  # noqa: BLE001  whatever code makes of a layer that is another one
+                steps = []
+        if steps == course.list_without(folds):
+            return folds
+        half = len(folds) // 2
+        return [*confirm(folds[:half]), *confirm(folds[half:])] if half else ()
+
+    return replace(course, folds=tuple(confirm(course.folds))) if course.folds else course
+
+
+@contextmanager
+def _left_out(model: nn.Module, folds: Iterable[Fold]) -> Iterator[None]:
+    """Let batch norms do no more than what they do beside, for as long as the context lasts."""
+    norms = [model.get_submodule(fold.norm) for fold in folds]
+    originals = [(norm, type(norm), dict(vars(norm))) for norm in norms]
+    try:
+        for norm in norms:
+            become(norm, _make_rest(norm))
+        yield
+    finally:
+        for norm, kind, attributes in originals:
+            _set(norm, kind, attributes)
 
 
 def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
@@ -151,7 +202,7 @@ def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
         is_transposed = isinstance(convolution, _ConvTransposeNd)
         found = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift, transpose=is_transposed)
         convolution.weight, convolution.bias = (nn.Parameter(x.to(kind), needs_grad) for x in found)
-        model.set_submodule(fold.norm, _make_rest(norm))
+        become(norm, _make_rest(norm))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -182,12 +233,32 @@ def _make_rest(norm: nn.Module) -> nn.Module:
     return nn.Sequential(*extras).train(norm.training) if extras else make_identity(norm)
 
 
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Make a module what another one is, wherever it is held: by several names, and in plain lists."""
+    _set(module, type(other), dict(vars(other)))
+
+
+def _set(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    module.__class__ = kind
+    vars(module).clear()
+    vars(module).update(attributes)
+
+
 def make_identity(layer: nn.Module) -> nn.Identity:
     """Make what stands for a convolution or a norm that others run now; its channels, stride and so on can be read."""
     identity = nn.Identity().train(layer.training)
     constants = cast("list[str]", layer.__constants__)
     vars(identity).update((key, value) for key, value in vars(layer).items() if key in constants)
     return identity
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A function that ran, the shapes of what it gave, and whose it was if it was that of a batch norm."""
+
+    name: str
+    shapes: tuple[torch.Size, ...]
+    norm: str | None = None
 
 
 @dataclass
@@ -205,6 +276,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.readers: dict[str, set[str | None]] = {}
         self.num_uses: Counter[str] = Counter()
+        self.steps: list[_Step] = []
         self._made: dict[int, _Made] = {}
         self._weights: dict[int, tuple[str, _ConvNd]] = {}
         self._means: dict[int, tuple[str, _BatchNorm]] = {}
@@ -231,6 +303,7 @@ class _Watch(TorchFunctionMode):
             self._note_question(leaves)
             return result
         norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
+        self.steps.append(_Step(name, _get_shapes(result), norm))
         for i, x in enumerate(leaves):
             self.note_reader(x, norm if i == 0 else None)
         if norm is not None:
@@ -240,6 +313,21 @@ class _Watch(TorchFunctionMode):
         else:
             self.note_use(leaves)
         return result
+
+    @contextmanager
+    def noted_calls(self) -> Iterator[None]:
+        """Note what hooks are shown, and what scripted modules read, whose functions are not seen."""
+        original = nn.Module.__call__
+
+        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+            result = original(module, *args, **kwargs)
+            if is_hooked(module) or isinstance(module, torch.jit.ScriptModule):
+                for x in tree_leaves((args, kwargs, result)):
+                    self.note_reader(x, None)
+            return result
+
+        with replaced(nn.Module, "__call__", call):
+            yield
 
     def note_use(self, leaves: Iterable[object]) -> None:
         """Note that something else than a layer itself uses the layer's tensors, which then have to stay."""
@@ -280,6 +368,11 @@ class _Watch(TorchFunctionMode):
         if module is None:
             return
         self.num_uses[path] += 1
-        if [id(x) for x in leaves[1:]] == [id(x) for x in (module.weight, module.bias) if x is not None]:
+        is_batch = result.ndim == module.weight.ndim  # a single image has its channels elsewhere
+        if is_batch and [id(x) for x in leaves[1:]] == [id(x) for x in (module.weight, module.bias) if x is not None]:
             self.readers.setdefault(path, set())
             self._made[id(result)] = _Made(result, path)
+
+
+def _get_shapes(result: object) -> tuple[torch.Size, ...]:
+    return tuple(x.shape for x in tree_leaves(result) if isinstance(x, Tensor))

@@ -40,7 +40,7 @@ class Fusion:
 
 
 def fuse_blocks(
-    owner: nn.Module, graph: fx.Graph, names: Iterable[str], *, bare: set[str], single: set[str]
+    owner: nn.Module, graph: fx.Graph, names: Iterable[str], *, bare: set[str], free: set[str], keeping: set[str]
 ) -> list[Fusion]:
     """Fuse blocks with the code around them.
 
@@ -49,7 +49,8 @@ def fuse_blocks(
         graph: Is edited.
         names: The blocks that are to be fused.
         bare: The norms of the owner that are folded, and leave nothing in their places.
-        single: The children that run once in a pass.
+        free: The children that run once in a pass, and that no other method runs.
+        keeping: The children that keep a map which somebody may look at afterwards.
     """
     _drop_idle(owner, graph, bare)
     fusions = []
@@ -59,7 +60,10 @@ def fuse_blocks(
         if len(nodes) == 1 and isinstance(block, SqueezeExcite) and _is_plain(block):
             node = take_sum(graph, nodes[0], in_order=False)
             activation = _take_activation(owner, graph, node)
-            fusions.append(replace(_take_convolution(owner, graph, node, single), activation=activation))
+            maps = [x for x in node.args if isinstance(x, fx.Node)]
+            overwrites = all(set(x.users) == {node} and _is_fresh(owner, graph, x, keeping) for x in maps)
+            fusion = _take_convolution(owner, graph, node, free)
+            fusions.append(replace(fusion, activation=activation, overwrites=overwrites))
     graph.lint()
     return fusions
 
@@ -126,20 +130,19 @@ def _take_activation(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> Activa
     return "relu"
 
 
-def _take_convolution(owner: nn.Module, graph: fx.Graph, node: fx.Node, single: set[str]) -> Fusion:
+def _take_convolution(owner: nn.Module, graph: fx.Graph, node: fx.Node, free: set[str]) -> Fusion:
     name = str(node.target)
     maps = [x for x in node.args if isinstance(x, fx.Node)]
-    overwrites = all(set(x.users) == {node} and _is_fresh(owner, graph, x) for x in maps)
     [source] = maps if len(maps) == 1 else [None]
     layer = None if source is None else _find_child(owner, source)
     if source is None or layer is None or set(source.users) != {node} or len(source.args) != 1:
-        return Fusion(name, overwrites=overwrites)
+        return Fusion(name)
     path, [inner] = str(source.target), source.args
     is_known = type(layer) in _CONVOLUTIONS and not is_hooked(layer)
-    if not isinstance(layer, _ConvNd) or not is_known or path not in single or not isinstance(inner, fx.Node):
-        return Fusion(name, overwrites=overwrites)
+    if not isinstance(layer, _ConvNd) or not is_known or path not in free or not isinstance(inner, fx.Node):
+        return Fusion(name)
     if not _is_narrow(layer, owner.get_submodule(name)) or is_written_between(graph, inner, source, node):
-        return Fusion(name, scaled=path, overwrites=overwrites)
+        return Fusion(name, scaled=path)
     node.args = (inner,)
     graph.erase_node(source)
     return Fusion(name, convolution=path)
@@ -153,12 +156,14 @@ def _is_narrow(layer: _ConvNd, block: nn.Module) -> bool:
     return is_pointwise and takes_means and layer.in_channels < layer.out_channels
 
 
-def _is_fresh(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
-    """Tell whether a child made a map that nothing else holds."""
+def _is_fresh(owner: nn.Module, graph: fx.Graph, node: fx.Node, keeping: set[str]) -> bool:
+    """Tell whether a child made a map that nothing else holds, and that has a place of its own for each number."""
     child = _find_child(owner, node)
     if child is None:
         return False
     own = {get_storage(x) for x in (*owner.parameters(), *owner.buffers())}
     others = {get_storage(x) for n in graph.nodes if n is not node for x in list_tensors(n)}
-    is_looked_at = any(map(is_hooked, child.modules()))
-    return not is_looked_at and not {get_storage(x) for x in list_tensors(node)} & (own | others)
+    path = str(node.target)
+    is_looked_at = any(map(is_hooked, child.modules())) or any(f"{kept}.".startswith(f"{path}.") for kept in keeping)
+    is_expanded = any(stride == 0 for x in list_tensors(node) for stride in x.stride())
+    return not (is_looked_at or is_expanded) and not {get_storage(x) for x in list_tensors(node)} & (own | others)

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from se_inject.calls import METHODS
+
 _LISTINGS = frozenset({"children", "named_children", "modules", "named_modules", "_modules"})
 
 
@@ -54,6 +56,19 @@ def lists_children(kind: type[nn.Module], name: str) -> bool:
     functions = _walk_functions(kind, getattr(kind, name))
     own = (function for function in functions if getattr(kind, function.__name__, None) is function)
     return any(_LISTINGS.intersection(_list_own_reads(function)) for function in own)
+
+
+def list_reads_elsewhere(kind: type[nn.Module]) -> set[str]:
+    """List the attributes that a module's methods for its users read, beside those that a network runs."""
+    reads: set[str] = set()
+    for name in dir(kind):
+        if not name.startswith("_") and name not in METHODS and not hasattr(nn.Module, name):
+            found = inspect.getattr_static(kind, name)
+            method: Any = found.fget if isinstance(found, property) else found
+            for function in _walk_functions(kind, method):
+                if function.__name__ not in METHODS:
+                    reads.update(_list_own_reads(function))
+    return reads
 
 
 def _walk_functions(kind: type, method: Callable[..., Any]) -> Iterator[FunctionType]:

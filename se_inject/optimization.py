@@ -7,6 +7,7 @@ run together with the layers around them. What cannot be proved to be safe stays
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -23,10 +24,11 @@ from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.folding import Course, add_biases, fold_norms, follow_norms, make_identity
+from se_inject.folding import Course, add_biases, become, confirm_folds, fold_norms, follow_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class, has_method, is_narrower
+from se_inject.instructions import list_reads_elsewhere
 from se_inject.marks import OPTIMIZED, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
@@ -153,7 +155,7 @@ class _Surgery:
 def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
     fused = FusedSqueezeExcite(
         cast("SqueezeExcite", owner.get_submodule(fusion.block)),
-        convolution=cast("_ConvNd", owner.get_submodule(fusion.convolution)) if fusion.convolution else None,
+        convolution=cast("_ConvNd", copy.copy(owner.get_submodule(fusion.convolution))) if fusion.convolution else None,
         scaled=cast("_ConvNd", owner.get_submodule(fusion.scaled)) if fusion.scaled else None,
         activation=fusion.activation,
         overwrites=fusion.overwrites,
@@ -161,22 +163,25 @@ def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
     )
     owner.set_submodule(fusion.block, mark_block(fused))
     if fusion.convolution:
-        owner.set_submodule(fusion.convolution, make_identity(owner.get_submodule(fusion.convolution)))
+        layer = owner.get_submodule(fusion.convolution)
+        become(layer, make_identity(layer))
 
 
 def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
     """Follow a run of the network over fake tensors, or over zeros where its course depends on the data."""
     try:
         with set_training(twin.model, False), apart(twin.model), kept_random_state(), twin.mode:
-            course = follow_norms(twin.model, functools.partial(twin.model, *call.args, **call.kwargs))
+            run = functools.partial(twin.model, *call.args, **call.kwargs)
+            course = follow_norms(twin.model, run)
             if (tap := getattr(twin.model, _TAP, None)) is not None:
                 with contextlib.suppress(Exception):  # a tap that does not run is nobody's
                     course = course.agree(follow_norms(twin.model, functools.partial(tap, *call.args, **call.kwargs)))
-            return course
+            return confirm_folds(twin.model, run, course)
     except DATA_DEPENDENT:
         copied, given = copy_model(model), make_zeros(call, model)
         with apart(copied):
-            return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs))
+            run = functools.partial(copied, *given.args, **given.kwargs)
+            return confirm_folds(copied, run, follow_norms(copied, run))
 
 
 def _differs(twin: Twin, entry: Entry, call: Call, trace: Trace) -> bool:
@@ -201,14 +206,18 @@ def _prepare(twin: Twin, plan: Plan, course: Course) -> list[_Surgery]:
         owner = twin.model.get_submodule(entry.path)
         names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
+        read = list_reads_elsewhere(type(owner))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
+        free = {path for path in single if path.partition(".")[0] not in read}
         call = decode_call(plan.calls[entry.key], twin)
         try:
             trace = trace_entry(twin, entry, call, training=False)
             is_graph = isinstance(owner, fx.GraphModule)
             if trace.doubt or not names or (not is_graph and _differs(twin, entry, call, trace)):
                 continue
-            fusions = fuse_blocks(owner, trace.graph, names, bare=bare, single=single)
+            fusions = fuse_blocks(
+                owner, trace.graph, names, bare=bare, free=free, keeping=_list_below(prefix, course.keeping)
+            )
             method = None if is_graph else write_method(owner, [trace])
         except TraceError:
             continue

@@ -1,0 +1,268 @@
+"""Whatever the code of a network does beside running its layers: `optimize` goes by it, or leaves them as they are."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from se_inject import inject, optimize
+from se_inject.fused import FusedSqueezeExcite
+from tests.test_optimization import train_a_little
+
+X = (2, 3, 16, 16)
+
+
+def conv(inp, out, size=1):
+    return nn.Conv2d(inp, out, size, padding=size // 2)
+
+
+class Aliased(nn.Module):
+    """Layers by their own names and in a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(3, 8, 3), nn.BatchNorm2d(8)
+        self.stem = nn.Sequential(self.conv, self.bn, nn.ReLU())
+
+    def forward(self, x):
+        return self.stem(x)
+
+
+class Encoder(nn.Module):
+    """As many a U-Net takes the layers of a ResNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = torchvision.models.resnet18(num_classes=2)
+        children = list(self.base.children())
+        self.layer0, self.layer1 = nn.Sequential(*children[:3]), nn.Sequential(*children[3:5])
+
+    def forward(self, x):
+        x = self.layer0(x)
+        return x, self.layer1(x)
+
+
+class Listed(nn.Module):
+    """Layers in plain lists, registered one by one."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs, self.bns = [], []
+        for i in range(2):
+            self.convs.append(conv(3 if i == 0 else 8, 8, 3))
+            self.bns.append(nn.BatchNorm2d(8))
+            self.add_module(f"conv{i}", self.convs[i])
+            self.add_module(f"bn{i}", self.bns[i])
+
+    def forward(self, x):
+        for layer, norm in zip(self.convs, self.bns, strict=True):
+            x = norm(layer(x)).relu()
+        return x
+
+
+class AliasedOwner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv1, self.conv3, self.bn = conv(3, 16), conv(16, 4), conv(4, 16), nn.BatchNorm2d(16)
+        self.branch = nn.Sequential(self.conv1, nn.ReLU(), self.conv3, self.bn)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.relu(x + self.branch(x))
+
+
+class AsksForNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([conv(3, 8, 3), nn.BatchNorm2d(8), conv(8, 8, 3)])
+        self.other = nn.Sequential(conv(8, 8), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                x = x.relu()
+        return self.other(x)
+
+
+class GathersAfterNorms(AsksForNorms):
+    def forward(self, x):
+        gathered = []
+        for layer in self.layers:
+            x = layer(x)
+            if type(layer).__name__ == "BatchNorm2d":
+                gathered.append(x)
+        return gathered, self.other(x)
+
+
+class Keeping(nn.Module):
+    def __init__(self, store=None):
+        super().__init__()
+        self.conv, self.store = conv(16, 16, 3), store
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.store is None:
+            self.features = y
+        else:
+            self.store.items["features"] = y
+        return y
+
+
+class Around(nn.Module):
+    def __init__(self, branch):
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x):
+        return torch.relu(x + self.branch(x))
+
+
+class Kept(nn.Module):
+    """A branch whose last layer's map is looked at afterwards."""
+
+    def __init__(self, store=None):
+        super().__init__()
+        self.stem, self.res = conv(3, 16, 3), Around(Keeping(store))
+
+    def forward(self, x):
+        y = self.res(self.stem(x))
+        branch = self.res.branch
+        return y, branch.features if branch.store is None else branch.store.items["features"]
+
+
+class KeepsForItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        self.features = self.conv(x)
+        return self.bn(self.features).relu()
+
+
+class Returned(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.net = kind()
+
+    def forward(self, x):
+        return self.net(x), self.net.features
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(3, 8, 3), nn.BatchNorm2d(8)
+        self.act = torch.jit.script(nn.Sequential(nn.Sigmoid(), nn.Tanh()))
+
+    def forward(self, x):
+        y = self.conv(x)
+        return torch.relu(self.bn(y)) + self.act(y)
+
+
+class UsedElsewhere(nn.Module):
+    """A branch that runs in a method that users call, too, and which has no blocks."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.stem, self.head = conv(3, 16, 3), conv(16, 4)
+        self.reduce, self.expand = conv(16, width, 3), conv(width, 16)
+
+    def encode(self, x):
+        return self._add(self.stem(x))
+
+    def _add(self, x):
+        return torch.relu(x + self.expand(self.reduce(x)))
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+
+class Pooling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(16, 16)
+
+    def forward(self, x):
+        return self.conv(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.pool = conv(3, 16, 3), conv(16, 16), Pooling()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.cat([self.a(x), self.pool(x)], 1)
+
+
+def assert_same(model, fast, *, shapes=(X, (3, 3, 20, 12))):
+    for shape in shapes:
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def count_norms(model):
+    return sum(isinstance(m, _BatchNorm) for m in model.modules())
+
+
+def prepare(model):
+    """Give a network values as training does, and run it once."""
+    model = train_a_little(model)
+    with torch.no_grad():
+        model(torch.zeros(X))
+    return model
+
+
+PLAIN = {
+    "aliased": Aliased,
+    "encoder": Encoder,
+    "listed": Listed,
+    "aliased owner": AliasedOwner,
+    "asks for norms": AsksForNorms,
+    "gathers after norms": GathersAfterNorms,
+    "kept for itself": lambda: Returned(KeepsForItself),
+    "scripted": Scripted,
+}
+INJECTED = {
+    "encoder": Encoder,
+    "aliased owner": AliasedOwner,
+    "kept": Kept,
+    "kept in a store": lambda: Kept(SimpleNamespace(items={})),
+    "pyramid": Pyramid,
+    "used elsewhere": UsedElsewhere,
+    "used elsewhere, bottleneck": lambda: UsedElsewhere(4),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch.jit
+@pytest.mark.parametrize("name", PLAIN)
+def test_layers_are_left_where_code_would_give_something_else(name):
+    torch.manual_seed(0)
+    model = prepare(PLAIN[name]())
+    assert_same(model, optimize(model, torch.zeros(X)))
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_blocks_take_over_no_more_than_they_may(name):
+    torch.manual_seed(0)
+    model = prepare(inject(INJECTED[name](), example=torch.zeros(X)))
+    fast = optimize(model)
+    assert any(isinstance(m, FusedSqueezeExcite) for m in fast.modules())
+    assert_same(model, fast)
+    if hasattr(model, "encode"):
+        torch.testing.assert_close(fast.encode(torch.ones(X)), model.encode(torch.ones(X)))
+
+
+def test_norms_are_folded_wherever_they_are_called_from():
+    for kind, rest in ((Aliased, 0), (Listed, 0), (Encoder, 15), (AliasedOwner, 0)):  # Encoder runs five of twenty
+        assert count_norms(optimize(train_a_little(kind()), torch.zeros(X))) == rest
+    fast = optimize(train_a_little(AsksForNorms()), torch.zeros(X))
+    assert count_norms(fast) == 1
+    assert isinstance(fast.other[1], nn.Identity)

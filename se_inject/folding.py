@@ -303,7 +303,8 @@ class _Watch(TorchFunctionMode):
             self._note_question(leaves)
             return result
         norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
-        self.steps.append(_Step(name, _get_shapes(result), norm))
+        if name != "_assert":  # as a norm checks its input
+            self.steps.append(_Step(name, _get_shapes(result), norm))
         for i, x in enumerate(leaves):
             self.note_reader(x, norm if i == 0 else None)
         if norm is not None:

@@ -27,7 +27,7 @@ from se_inject.gates import swap_blocks
 from se_inject.marks import ADAPTERS, SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.records import compute_digest, read_record, write_record
-from se_inject.rewrite import blocks, find_plan, get_plan, inject
+from se_inject.rewrite import blocks, find_plan, get_plan, inject, refuse_optimized
 
 FORMAT = "se-inject adapter"
 
@@ -175,8 +175,10 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Change to another of the adapters that a network has, in place. What the blocks had learned since is lost.
 
     Raises:
+        ModelError: It is optimized.
         OptionError: It has no such adapter.
     """
+    refuse_optimized(model)
     known = list_adapters(model)
     if name not in known:
         raise OptionError(f"there is no adapter {name!r}; the network has {', '.join(map(repr, known)) or 'none'}")
@@ -185,7 +187,12 @@ def set_adapter(model: nn.Module, name: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Run a network without its blocks, for as long as the context lasts: the original's outputs, bit for bit."""
+    """Run a network without its blocks, for as long as the context lasts: the original's outputs, bit for bit.
+
+    Raises:
+        ModelError: It is optimized.
+    """
+    refuse_optimized(model)
     with swap_blocks(model, {path: _Bypass() for path in blocks(model)}):
         yield
 

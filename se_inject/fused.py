@@ -121,8 +121,8 @@ class FusedSqueezeExcite(SqueezeExcite):
             return x * gate + shortcut
         # A new map costs more than the arithmetic: its pages are not in memory yet. Compilers do this by themselves.
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, shortcut))
-        is_watched = differentiated or torch.compiler.is_compiling() or is_transformed()
-        out = x if self.overwrites and not is_watched else None
+        is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        out = x if self.overwrites and not (differentiated or is_traced or is_transformed()) else None
         return torch.mul(x, gate, out=out) if shortcut is None else torch.addcmul(shortcut, x, gate, out=out)
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -30,11 +30,10 @@ from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class, has_method, is_narrower
 from se_inject.instructions import list_reads_elsewhere
 from se_inject.marks import OPTIMIZED, find_mark, mark_module
-from se_inject.plan import Plan
 from se_inject.probe import DATA_DEPENDENT, make_zeros
 from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import Trace, trace_entry
-from se_inject.twin import Twin, alone, apart, get_dtype, make_twin, set_training
+from se_inject.twin import Twin, alone, apart, get_dtype, is_compiled, make_twin, set_training
 
 _TAP = "forward_intermediates"
 """timm's way to read maps between layers."""
@@ -83,6 +82,10 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
         raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
     if find_optimization(model) is not None:
         raise ModelError(f"{type(model).__name__} is optimized already")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is scripted (TorchScript); optimize first, trace or export after")
+    if is_compiled(model):
+        raise ModelError("the model is compiled; optimize first (the model before torch.compile), compile after")
     plan = find_plan(model)
     twin = make_twin(model)
     if example is not None:
@@ -116,14 +119,16 @@ def find_optimization(model: nn.Module) -> object:
 
 @alone()
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
-    plan = find_plan(model)
-    twin.model.requires_grad_(False)
-    target = copy_model(model).eval().requires_grad_(False)
+    target = copy_model(model).eval()
+    for network in (target, twin.model):
+        for parameter in network.parameters():
+            if parameter.is_leaf:  # the twin's of a scripted layer are none
+                parameter.requires_grad_(False)
     run = functools.partial(_follow, target, twin)
     call, course = find_running(target, calls, run, hint="give an input of the shape that it is used on")
     for network in (target, twin.model):
         add_biases(network, course.folds)
-    surgeries = [] if plan is None else _prepare(twin, plan, course)
+    surgeries = _prepare(twin, course)
     fold_norms(target, course.folds)
     for surgery in surgeries:
         surgery.perform(target, kernels=kernels)
@@ -198,22 +203,37 @@ def _list_below(prefix: str, paths: Iterable[str]) -> set[str]:
     return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
 
 
-def _prepare(twin: Twin, plan: Plan, course: Course) -> list[_Surgery]:
+def _list_entries(model: nn.Module) -> Iterator[tuple[Entry, list[str], object]]:
+    """List the methods that run blocks, with the blocks' names and a call: of a network, or of injected ones in it."""
+    for path, module in model.named_modules():
+        if (plan := find_plan(module)) is None:
+            continue
+        for entry, sites in plan.iterate_entries():
+            full = ".".join(filter(None, (path, entry.path)))
+            try:
+                owner = model.get_submodule(full)
+            except AttributeError:
+                continue  # it was taken out after the injection
+            names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
+            if names:
+                yield Entry(full, entry.method), names, plan.calls[entry.key]
+
+
+def _prepare(twin: Twin, course: Course) -> list[_Surgery]:
     """Do all that can fail: edit the graphs and write the code. Owners that cannot be followed are left as they are."""
     surgeries: dict[str, _Surgery] = {}
-    for entry, sites in plan.iterate_entries():
+    for entry, names, values in _list_entries(twin.model):
         prefix = f"{entry.path}." if entry.path else ""
         owner = twin.model.get_submodule(entry.path)
-        names = [site.name for site in sites if type(getattr(owner, site.name, None)) is SqueezeExcite]
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
         read = list_reads_elsewhere(type(owner))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
         free = {path for path in single if path.partition(".")[0] not in read}
-        call = decode_call(plan.calls[entry.key], twin)
+        call = decode_call(values, twin)
         try:
             trace = trace_entry(twin, entry, call, training=False)
             is_graph = isinstance(owner, fx.GraphModule)
-            if trace.doubt or not names or (not is_graph and _differs(twin, entry, call, trace)):
+            if trace.doubt or (not is_graph and _differs(twin, entry, call, trace)):
                 continue
             fusions = fuse_blocks(
                 owner, trace.graph, names, bare=bare, free=free, keeping=_list_below(prefix, course.keeping)

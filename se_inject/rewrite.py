@@ -131,6 +131,18 @@ def find_plan(model: nn.Module) -> Plan | None:
     return plan if isinstance(plan, Plan) else None
 
 
+def refuse_optimized(model: nn.Module) -> None:
+    """Refuse a network that is optimized.
+
+    Raises:
+        ModelError: It is.
+    """
+    if find_mark(model, OPTIMIZED) is not None:
+        raise ModelError(
+            f"{type(model).__name__} is optimized, for evaluation alone; use the network that it was made from"
+        )
+
+
 def get_plan(model: nn.Module) -> Plan:
     """Return the plan that a model was injected with.
 
@@ -138,10 +150,7 @@ def get_plan(model: nn.Module) -> Plan:
         ModelError: The model has not been injected.
     """
     plan = find_plan(model)
-    if find_mark(model, OPTIMIZED) is not None:
-        raise ModelError(
-            f"{type(model).__name__} is optimized, for evaluation alone; use the network that it was made from"
-        )
+    refuse_optimized(model)
     if plan is None:
         raise ModelError(f"{type(model).__name__} has not been injected; call se_inject.inject(model) first")
     return plan

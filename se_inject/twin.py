@@ -101,9 +101,14 @@ def check_model(model: nn.Module) -> None:
         _check_module(module, path or "the model")
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is one of `torch.compile`'s, or was compiled in place."""
+    return type(module).__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None
+
+
 def _check_module(module: nn.Module, where: str) -> None:
     kind = type(module)
-    if kind.__module__.startswith("torch._dynamo") or module._compiled_call_impl is not None:
+    if is_compiled(module):
         raise ModelError(f"{where} is compiled; inject first (the model before torch.compile), compile after")
     # A FloatFunctional stands in float networks that are to be quantised later, torchvision's quantizable ones.
     if "quantized" in kind.__module__.split(".") and kind.__name__ != "FloatFunctional":

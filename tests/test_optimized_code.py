@@ -1,14 +1,17 @@
 """Whatever the code of a network does beside running its layers: `optimize` goes by it, or leaves them as they are."""
 
+import io
 from types import SimpleNamespace
 
+import onnx
 import pytest
 import torch
 import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_inject import inject, optimize
+from se_inject import blocks, disable_adapters, inject, load_adapter, optimize, save_adapter, set_adapter
+from se_inject.errors import ModelError
 from se_inject.fused import FusedSqueezeExcite
 from tests.test_optimization import train_a_little
 
@@ -266,3 +269,83 @@ def test_norms_are_folded_wherever_they_are_called_from():
     fast = optimize(train_a_little(AsksForNorms()), torch.zeros(X))
     assert count_norms(fast) == 1
     assert isinstance(fast.other[1], nn.Identity)
+
+
+def test_a_batch_of_one_without_its_dimension_keeps_its_norm():
+    model = prepare_lengths()
+    fast, x = optimize(model, torch.zeros(8, 8)), torch.randn(8, 8)
+    assert count_norms(fast) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def prepare_lengths():
+    torch.manual_seed(0)
+    return train_a_little(nn.Sequential(nn.Conv1d(8, 8, 3, padding=1), nn.BatchNorm1d(8)))
+
+
+@pytest.mark.parametrize("sees", [list.append, lambda seen, x: seen.append(x.detach().clone())])
+def test_what_a_hook_is_shown_stays(sees):
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Sequential(conv(3, 8, 3)), nn.BatchNorm2d(8)), []
+    model[0].register_forward_hook(lambda _, given, y: sees(seen, y))
+    fast = optimize(train_a_little(model), torch.zeros(X))
+    seen.clear()
+    x = torch.randn(X)
+    with torch.no_grad():
+        assert torch.equal(fast(x), model(x))
+    assert torch.equal(*seen)
+
+
+class Detector(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.head = backbone, nn.Sequential(conv(10, 4), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.head(self.backbone(x)[:, :, None, None])
+
+
+def test_injected_networks_in_others_are_optimized():
+    model = prepare(Detector(inject(torchvision.models.resnet18(num_classes=10))))
+    fast = optimize(model, torch.zeros(X))
+    assert count_norms(fast) == 0
+    assert {type(block) for block in blocks(fast).values()} == {FusedSqueezeExcite}
+    assert_same(model, fast, shapes=(X, (3, 3, 64, 48)))
+
+
+def test_what_was_taken_out_after_the_injection_does_not_matter():
+    model = inject(torchvision.models.resnet18(num_classes=10))
+    model.layer4, model.fc = nn.Identity(), nn.Linear(256, 10)
+    model.layer1 = nn.Sequential(model.layer1[0])
+    model = prepare(model)
+    fast = optimize(model)
+    assert len(blocks(fast)) == 5
+    assert_same(model, fast)
+
+
+def test_adapters_stay_with_the_network_that_they_were_made_for(tmp_path):
+    net = torchvision.models.resnet18(num_classes=4)
+    save_adapter(inject(net), tmp_path / "birds.pt")
+    fast = optimize(load_adapter(net, tmp_path / "birds.pt", name="birds"))
+    with pytest.raises(ModelError, match="is optimized"), disable_adapters(fast):
+        pass
+    with pytest.raises(ModelError, match="is optimized"):
+        set_adapter(fast, "birds")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_the_exporter_of_old_takes_it():
+    model, file = optimize(inject(torchvision.models.resnet18(num_classes=4))), io.BytesIO()
+    torch.onnx.export(model, (torch.zeros(X),), file, dynamo=False)
+    names = [node.op_type for node in onnx.load_from_string(file.getvalue()).graph.node]
+    assert names.count("Sigmoid") == 8
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_scripted_and_compiled_networks_are_refused():
+    net = torchvision.models.resnet18(num_classes=4).eval()
+    with pytest.raises(ModelError, match="is scripted"):
+        optimize(torch.jit.trace(net, torch.zeros(X)), torch.zeros(X))
+    with pytest.raises(ModelError, match="is compiled"):
+        optimize(torch.compile(net, backend="eager"), torch.zeros(X))

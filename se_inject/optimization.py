@@ -47,15 +47,15 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
     where that layer's input is narrower, so that its gate is known before the convolution runs; it scales the map, adds
     the shortcut and applies a ReLU in one place; its gain is folded. Where one of these does not apply (a 3x3
     convolution, an activation in between, a joint concatenation), the others are done. The network is of the same class
-    and is called as before; it is in eval mode, has no gradients and is not to be trained. Dropout beside a block is gone,
-    so that putting it into train mode (Monte Carlo dropout) does nothing.
+    and is called as before; it is in eval mode, has no gradients and is not to be trained. Dropout beside a block is
+    gone, so that putting it into train mode (Monte Carlo dropout) does nothing.
 
     What can be folded is seen on the example, and in timm's `forward_intermediates`. Convolutions beside a batch norm
     that did not run (of another domain, say) stay as they are. Where the network takes another course through layers
     that ran (with other arguments, by the image size, by the data), its outputs are not those of the original.
 
     Args:
-        model: From `inject` or `load`, or any other network, such as one around an injected backbone. It is not changed.
+        model: From `inject` or `load`, or any other network, with injected ones in it or without. It is not changed.
         example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; if None, that of the
             injection, or else one is found.
         kernels: Whether the blocks run the operators of `se_inject.kernels`, which are Triton kernels on a GPU. These

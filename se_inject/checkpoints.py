@@ -7,7 +7,7 @@ executing anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Checkpoint:
         settings: What must be the same for the run to go on: recipe, data, plan.
         history: The validations so far, as plain values.
         seconds: Time of the steps so far.
+        unreadable: What of the training and of the validation images could not be read so far.
     """
 
     step: int
@@ -46,6 +47,7 @@ class Checkpoint:
     settings: Mapping[str, Any]
     history: list[dict[str, Any]]
     seconds: float
+    unreadable: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -74,14 +76,15 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
     if not path.is_file():
         return None
     values = read_values(path)
-    names = {f.name for f in fields(Checkpoint)}
-    if values.get("format") != FORMAT or not names <= set(values):
+    names = {f.name: f.default_factory is MISSING for f in fields(Checkpoint)}
+    needed = {name for name, is_needed in names.items() if is_needed}
+    if values.get("format") != FORMAT or not needed <= set(values):
         raise ArtifactError(f"{path} is no checkpoint of se-inject")
     if not isinstance(values["version"], int) or values["version"] > FORMAT_VERSION:
         raise ArtifactError(
             f"{path} has format version {values['version']}, this se-inject reads up to {FORMAT_VERSION}: upgrade it"
         )
-    given = {name: values[name] for name in names}
+    given = {name: values[name] for name in names if name in values}
     if values["version"] > 1 and values.get("digest") != _compute_digest(given):
         raise ArtifactError(
             f"{path} is damaged: its digest is not that of what it holds; begin in another folder with --run"

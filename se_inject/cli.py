@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -90,9 +91,11 @@ def main() -> None:
     except SEInjectError as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        _fail(f"the output cannot be written: {error.strerror}")
+        if error.errno == errno.ENOSPC:
+            _fail(f"the output cannot be written: {error.strerror}")
+        if error.errno == errno.ENAMETOOLONG and error.filename:
+            _fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
+        raise
 
 
 def _fail(message: str) -> None:

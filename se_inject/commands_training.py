@@ -79,6 +79,8 @@ def run_finetune(
         resume=resume,
     )
     with join_world(device) as world:
+        if world.is_main and resume and not request.has_begun():
+            console.talk(f"{request.folder} holds no checkpoint: the run begins at the first step")
         tuned = finetune(open_model, request, world, console.make_progress() if world.is_main else None)
         if world.is_main and as_json:
             console.print_json(tuned.to_values())

@@ -249,7 +249,7 @@ def print_tuned(tuned: Tuned) -> None:
             f"{result.seconds:,.0f} s",
             f"{result.images_per_second:,.0f}",
         )
-    stdout.print(table)
+    _print_whole(table)
     if tuned.difference is not None:
         stdout.print(escape(f"{tuned.difference}"))
     for note in tuned.notes:
@@ -276,7 +276,7 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
             f"{names[j][0]} {int(wrong[j])}" for j in wrong.argsort(descending=True)[:3].tolist() if wrong[j]
         )
         table.add_row(escape(name), str(counts[i]), "-" if top1 is None else f"{top1:.2f} %", escape(others))
-    stdout.print(table)
+    _print_whole(table)
     if len(order) > _NUM_CLASSES:
         talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
     if unreadable:

@@ -43,7 +43,7 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-RECIPE, RESULT = "recipe.json", "result.json"
+RECIPE, RESULT, UNREADABLE = "recipe.json", "result.json", "unreadable.txt"
 _LOCK = ".lock"
 
 
@@ -263,4 +263,4 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _report_bad(job: Job, folder: Path) -> None:
     names = [*job.train.bad.list_names(), *job.val.bad.list_names()]
     if names:
-        write_whole(folder / "unreadable.txt", lambda file: file.write(os.fsencode("\n".join([*names, ""]))))
+        write_whole(folder / UNREADABLE, lambda file: file.write(os.fsencode("\n".join([*names, ""]))))

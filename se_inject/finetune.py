@@ -20,7 +20,7 @@ from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import Difference, Result, compare
 from se_inject.datasets import open_data
 from se_inject.errors import OptionError
-from se_inject.experiment import Experiment, Request, hold_folder, run_experiment
+from se_inject.experiment import UNREADABLE, Experiment, Request, hold_folder, run_experiment
 from se_inject.files import check_target
 from se_inject.gates import is_fresh
 from se_inject.provenance import Source
@@ -82,7 +82,6 @@ def finetune(
     if request.num_seeds < 1:
         raise OptionError(f"--seeds is {request.num_seeds}; it must be at least 1")
     _check_folder(request)
-    is_anew = request.resume and not request.has_begun()
     data = open_data(**request.data, seed=recipe.seed, may_be_unlabelled=recipe.distill == 1)
     seed_all(recipe.seed)  # the blocks, a fresh classifier, and what a factory draws
     model, source = open_model()
@@ -97,7 +96,7 @@ def finetune(
             "distill learns from the network's own classes, and its classifier was replaced; use --set distill=0"
         )
     experiment = Experiment(start, data, request)
-    notes = [f"{request.folder} held no checkpoint: the run began at the first step"] if is_anew else []
+    notes = []
     if request.has_control and not is_fresh(start.model):
         notes.append("the blocks had been trained before: the control starts from the same weights without them")
     holding = hold_folder(request.folder) if world.is_main else contextlib.nullcontext()
@@ -112,6 +111,7 @@ def finetune(
                 for seed, arm in request.runs
             }
             draw_curves(runs, request.folder / CURVES)
+    notes += _describe_unreadable(request) if world.is_main else ()
     if not data.is_labelled:
         notes.append("the validation images have no labels: top-1 is agreement with the original network")
     if data.split is not None and request.data.get("split") is None:
@@ -119,6 +119,14 @@ def finetune(
     notes += _describe_settled(recipe, start.fresh, results[0])
     difference = compare(results) if request.has_control else None
     return Tuned(results, difference, request.out, request.folder, notes)
+
+
+def _describe_unreadable(request: Request) -> Iterator[str]:
+    """Say how many images could not be read; all runs see the same ones."""
+    path = request.get_folder(*request.runs[0]) / UNREADABLE
+    if path.is_file():
+        num = len(path.read_bytes().splitlines())
+        yield f"{'1 image' if num == 1 else f'{num} images'} could not be read, and {path} names them"
 
 
 def _describe_settled(recipe: Recipe, fresh: Collection[str], result: Result) -> Iterator[str]:

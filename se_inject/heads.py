@@ -28,10 +28,9 @@ def count_outputs(model: nn.Module, size: tuple[int, int, int]) -> int:
     Raises:
         DataError: It does not run on such an image, or gives no scores (N, classes).
     """
-    zeros = torch.zeros(1, *size, device=get_device(model), dtype=get_dtype(model))
     with set_training(model, False), torch.no_grad():
         try:
-            outputs = model(zeros)
+            outputs = model(torch.zeros(1, *size, device=get_device(model), dtype=get_dtype(model)))
         except (RuntimeError, TypeError, ValueError, AssertionError, LookupError) as error:
             line = get_first_line(error)
             raise DataError(

@@ -10,9 +10,12 @@ from __future__ import annotations
 import math
 import os
 import signal
+import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
@@ -204,17 +207,32 @@ def _copy(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Te
 
 
 def _load(images: Images, batches: Iterable[list[Key]], workers: int, world: World) -> DataLoader[Any]:
-    return DataLoader(
-        images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=fast_collate,
-        pin_memory=world.is_cuda, worker_init_fn=_leave_signals,
-    )  # fmt: skip
+    return _make_loader(
+        images, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, pin_memory=world.is_cuda
+    )
 
 
-def _leave_signals(_: int) -> None:
-    """Leave Ctrl-C, and what ends the whole group of processes, to the one that trains, which then ends its workers."""
+def _make_loader(images: Dataset[Any], **kwargs: Any) -> DataLoader[Any]:
+    with warnings.catch_warnings():  # more processes than processors are no mistake where disks are waited for
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        return DataLoader(images, collate_fn=fast_collate, worker_init_fn=_prepare_worker, **kwargs)
+
+
+def _prepare_worker(_: int) -> None:
+    """Leave Ctrl-C, and what ends the whole group of processes, to the one that trains, which then ends its workers.
+
+    A worker that cannot hand on what it has read, as there is no shared memory left, ends; else all would wait.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgid"):
         os.setpgid(0, 0)
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]  # noqa: SLF001
+
+
+def _end_worker(error: BaseException, _: object) -> None:
+    sys.stderr.write(f"{get_first_line(error)}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _prepare_stream(images: IterableDataset[Any], transform: Transform, mode: str, num_classes: int) -> Any:
@@ -252,9 +270,9 @@ def _load_stream(images: Any, batch_size: int, workers: int, world: World, bad: 
         workers = min(workers, max(1, num_shards // reader.dist_num_replicas))
     reader.batch_size = batch_size  # a worker of a training stream has whole batches
     images.set_loader_cfg(num_workers=workers)
-    return DataLoader(
-        Stream(images, bad.note), batch_size, num_workers=workers, collate_fn=fast_collate, pin_memory=world.is_cuda,
-        drop_last=reader.is_training, worker_init_fn=_leave_signals,
+    return _make_loader(
+        Stream(images, bad.note), batch_size=batch_size, num_workers=workers, pin_memory=world.is_cuda,
+        drop_last=reader.is_training,
     )  # fmt: skip
 
 
@@ -270,7 +288,8 @@ def _say_plainly(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
         if not str(error).startswith("DataLoader worker"):
             raise
         raise DataError(
-            f"a process that reads images ended ({get_first_line(error)}); it may lack memory, try fewer workers"
+            f"a process that reads images ended ({get_first_line(error)}); it may lack memory, or shared memory "
+            "(/dev/shm, docker run --shm-size): try fewer workers, or 0"
         ) from error
 
 

@@ -20,11 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite, mark_block
 from se_inject.calls import Call, Entry, decode_call, encode_call
 from se_inject.codegen import Method, write_method
+from se_inject.course import Course, confirm_folds, follow_norms
 from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.folding import Course, add_biases, become, confirm_folds, fold_norms, follow_norms, make_identity
+from se_inject.folding import add_biases, become, fold_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class, has_method, is_narrower

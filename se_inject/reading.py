@@ -10,6 +10,7 @@ import random
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class Bad(ABC):
         """List the names of what could not be read."""
 
     @abstractmethod
+    def note_names(self, names: Collection[str]) -> None:
+        """Note again what a run noted before it was interrupted."""
+
+    @abstractmethod
     def share(self, world: World) -> None:
         """Tell all processes what each of them has noted; all of them must call it."""
 
@@ -77,6 +82,12 @@ class BadImages(Bad):
         """Note that an image cannot be read."""
         self._flags[index] = 1
 
+    def note_names(self, names: Collection[str]) -> None:
+        """Find the images of these paths, and note them."""
+        for i in range(len(self._flags)) if names else ():
+            if get_name(self._images, i) in names:
+                self.note(i)
+
     def list_names(self) -> list[str]:
         """List their paths, in the order of the set."""
         return [get_name(self._images, i) for i in self._flags.nonzero().flatten().tolist()]
@@ -100,6 +111,10 @@ class BadSamples(Bad):
     def note(self, name: str) -> None:
         """Note that a sample, or a file, cannot be read."""
         self._append([name])
+
+    def note_names(self, names: Collection[str]) -> None:
+        """Note all of them."""
+        self._append(list(names))
 
     def list_names(self) -> list[str]:
         """List tar files and samples in them, each once, however often it was read."""

@@ -13,7 +13,7 @@ from typing import Any
 from se_inject.report import Report
 from se_inject.report_blocks import BlockFacts, Z
 from se_inject.report_classes import ClassFacts, Panel, Profile
-from se_inject.report_style import ACCENT, INK, LINES, SOFT, WIDTH, Chart, import_altair, write_picture
+from se_inject.report_style import ACCENT, FAINT, INK, LINES, SOFT, WIDTH, Chart, import_altair, write_picture
 
 _STEP = 15
 """Height of a row, in pixels."""
@@ -170,7 +170,7 @@ def draw_variation(blocks: Sequence[BlockFacts]) -> Chart:
                  "variation": shorten(each.variation)}
             )  # fmt: skip
     found = [part for part in ("class-specific", "within a class", "not known") if any(r["part"] == part for r in rows)]
-    colours = {"class-specific": ACCENT, "within a class": SOFT, "not known": SOFT}
+    colours = {"class-specific": ACCENT, "within a class": SOFT, "not known": FAINT}
     drawing = (
         alt.Chart(alt.InlineData(values=rows))
         .mark_bar(height={"band": 0.72})

@@ -17,14 +17,14 @@ INK = "currentColor"
 """Of text and lines: that of the text around a chart."""
 LINES = (INK, "var(--line-1)", "var(--line-2)", "var(--line-3)", "var(--line-4)", "var(--line-5)")
 """Of all images, and of a class each."""
-ACCENT, SOFT = "var(--accent)", "var(--soft)"
+ACCENT, SOFT, FAINT = "var(--accent)", "var(--soft)", "var(--faint)"
 WIDTH = 560
 """Of a picture's chart, in pixels of the screen."""
 _SCALE = 2
 """Pixels of a picture to one of the screen."""
 _PRINTED = {
     INK: "#1b1f24", LINES[1]: "#0b62a8", LINES[2]: "#c2410c", LINES[3]: "#0f8a6d", LINES[4]: "#9333a8",
-    LINES[5]: "#8a6a00", ACCENT: "#0b62a8", SOFT: "#a9c4de",
+    LINES[5]: "#8a6a00", ACCENT: "#0b62a8", SOFT: "#a9c4de", FAINT: "#c9ccd1",
 }  # fmt: skip
 _CONFIG = {
     "background": "transparent",
@@ -102,7 +102,8 @@ def write_picture(drawing: Any, path: Path) -> None:
     version = _get_version()
     import vl_convert  # noqa: PLC0415
 
-    spec = json.dumps(drawing.configure(**{**_CONFIG, "background": "white"}).to_dict())
+    values = drawing.configure(**{**_CONFIG, "background": "white"}).to_dict()
+    spec = json.dumps(values, ensure_ascii=False).encode(errors="replace").decode()  # of names that are no UTF-8
     for name, colour in _PRINTED.items():
         spec = spec.replace(f'"{name}"', f'"{colour}"')
     pixels = vl_convert.vegalite_to_png(spec, vl_version=version, scale=_SCALE)

@@ -177,9 +177,12 @@ def make_progress(console: Any) -> Progress:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Read `metrics.jsonl`; a last line that was cut short is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    """Read `metrics.jsonl`; lines that a power cut has left behind, cut short or of zeros, are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [values for values in found if isinstance(values, dict) and "step" in values]
 
 
 def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -201,6 +204,8 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             colour = drawn.get_color()
         else:
             colour = None
+        if not scores:  # somebody has removed them
+            continue
         epochs, losses, top1 = zip(*scores, strict=True)
         left.plot(epochs, losses, marker="o", markersize=4, color=colour, label=f"{name}, validation")
         right.plot(epochs, top1, marker="o", markersize=4, color=colour, label=name)
@@ -213,4 +218,4 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
 
 
 def _open_events(folder: Path, step: int) -> Any:
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else 0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -15,6 +17,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.is_asked = False
+        self._is_at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -28,8 +31,19 @@ class Signals:
         owners = {getattr(handler, "__self__", None) for handler in self._before.values()}
         return {owner for owner in owners if isinstance(owner, Signals)}
 
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Fulfil a wish at once, by a KeyboardInterrupt, while there is nothing to lose."""
+        self._is_at_once = True
+        try:
+            if self.is_asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_at_once = False
+
     def _ask(self, number: int, _: object) -> None:
-        if self.is_asked and number == signal.SIGINT:
+        if self._is_at_once or (self.is_asked and number == signal.SIGINT):
             raise KeyboardInterrupt
         self.is_asked = True
 

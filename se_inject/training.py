@@ -25,10 +25,10 @@ from timm.utils.distributed import distribute_bn
 from torch import Tensor, nn
 
 from se_inject.calibration import calibrate
-from se_inject.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import DataError, SEInjectError, TrainingError, get_first_line
 from se_inject.loaders import EvalLoader, TrainLoader
-from se_inject.reading import seed_all
+from se_inject.reading import Bad, seed_all
 from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
@@ -157,19 +157,30 @@ class _Run:
         if found is not None:
             self._restore(found)
         else:
-            doing = "fitting the classifier" if self.job.fresh else "looking at the images"
-            with quote_batch_size("batch_size", self.recipe.batch_size), self.log.showing(doing):
-                self.recipe, self.dependence = calibrate(
-                    self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
-                )
-        if not self.history:
-            self._note(self._validate())
+            with signals.at_once():
+                self._begin()
         stages = list_stages(self.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
         for stage in stages:
             if self.step < stage.last:
                 self._run_stage(stage, signals)
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
+
+    def _begin(self) -> None:
+        """Look at the images, and validate the network as it is; nothing is lost if that is stopped."""
+        doing = "fitting the classifier" if self.job.fresh else "looking at the images"
+        try:
+            with quote_batch_size("batch_size", self.recipe.batch_size), self.log.showing(doing):
+                self.recipe, self.dependence = calibrate(
+                    self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
+                )
+            self._note(self._validate())
+        except KeyboardInterrupt as error:
+            raise InterruptedTrainingError(f"stopped before the first step of {self.job.num_steps}") from error
+
+    @property
+    def _unreadable(self) -> dict[str, Bad]:
+        return {"train": self.job.train.bad, "val": self.job.val.bad}
 
     def _compute(self) -> contextlib.AbstractContextManager[Any]:
         return autocast(self.recipe, self.job.world)
@@ -281,8 +292,10 @@ class _Run:
 
     def _refuse(self, what: str) -> TrainingError:
         recipe = self.job.recipe
+        is_kept = (self.folder / CHECKPOINT).is_file()
+        kept = f"the last good checkpoint is kept in {self.folder}" if is_kept else "there is no checkpoint yet"
         return TrainingError(
-            f"{what} of {self.job.num_steps}; the last good checkpoint is kept in {self.folder}; try --set "
+            f"{what} of {self.job.num_steps}; {kept}; try --set "
             f"lr={recipe.lr / 10:g} --set se_lr={(recipe.se_lr or recipe.lr) / 10:g}, or --set clip=1"
         )
 
@@ -342,6 +355,7 @@ class _Run:
             write_checkpoint(self.folder, Checkpoint(
                 self.step, self.model.state_dict(), None if self.ema is None else self.ema.module.state_dict(),
                 {} if is_over else optimizer.state_dict(), self.job.settings, self.history, self.seconds,
+                {name: bad.list_names() for name, bad in self._unreadable.items()},
             ))  # fmt: skip
         self.job.world.wait()
         self._saved_at = time.monotonic()
@@ -352,6 +366,8 @@ class _Run:
             self.ema.module.load_state_dict(dict(found.ema))
         self.step, self.history, self.optimizer_state = found.step, list(found.history), found.optimizer
         self.seconds, settled = found.seconds, found.history[0]
+        for name, bad in self._unreadable.items():
+            bad.note_names(set(found.unreadable.get(name, ())))
         self.dependence = settled.get("dependence", 0.0)  # older recipes had no use for it
         self.recipe = self.recipe.settle(settled["batch_norm"], settled["label_temperature"], self.dependence)
         if self.step == self.job.num_steps:  # it is over

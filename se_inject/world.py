@@ -15,9 +15,11 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from torch import distributed as dist
 
-from se_inject.errors import OptionError
+from se_inject.errors import OptionError, TrainingError, get_first_line
 
 _T = TypeVar("_T")
+_LOST = ("gloo/transport", "connection closed by peer", "connection reset by peer", "ncclremoteerror")
+"""What gloo and NCCL say where a process that they talk to is no more."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,18 @@ def join_world(device: str = "auto") -> Iterator[World]:
 
     Raises:
         OptionError: There is no such device.
+        TrainingError: Another process has ended.
     """
     found = init_distributed_device_so(choose_device(device))
     try:
         yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
+    except RuntimeError as error:
+        if not found["distributed"] or not any(sign in str(error).lower() for sign in _LOST):
+            raise
+        raise TrainingError(
+            f"another of the {found['world_size']} processes has ended ({get_first_line(error)}); start them again, a "
+            "fine-tune with --resume"
+        ) from error
     finally:
         if found["distributed"]:
             dist.destroy_process_group()

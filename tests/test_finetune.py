@@ -165,14 +165,14 @@ def test_unlabelled_images_will_do_for_distillation(run, data, tmp_path):  # noq
 def test_resume_that_finds_nothing_says_so_and_other_runs_are_left_alone(run, data):  # noqa: F811
     code, _, err = tune(run, data, "--resume")
     assert code == 0
-    assert "runs/tuned held no checkpoint: the run began at the first step" in err
+    assert "runs/tuned holds no checkpoint: the run begins at the first step" in err
     before = Path("runs/tuned/recipe.json").stat().st_mtime_ns
     error = failure(tune(run, data, "--resume", "--compare"))
     assert "runs/tuned holds other runs (runs/tuned); --resume goes on with the --compare, --seeds and seed" in error
     assert Path("runs/tuned/recipe.json").stat().st_mtime_ns == before
     code, _, err = tune(run, data, "--resume")
     assert code == 0
-    assert "held no checkpoint" not in err
+    assert "holds no checkpoint" not in err
 
 
 def test_a_folder_with_a_run_is_not_written_over(run, data):  # noqa: F811

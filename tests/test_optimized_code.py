@@ -271,6 +271,25 @@ def test_norms_are_folded_wherever_they_are_called_from():
     assert isinstance(fast.other[1], nn.Identity)
 
 
+class Caching(nn.Module):
+    """What attention of timm's does in eval mode: what it has computed once it does not compute again."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.cache = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), conv(8, 8), nn.BatchNorm2d(8)), {}
+
+    def forward(self, x):
+        if x.shape[-1] not in self.cache:
+            self.cache[x.shape[-1]] = torch.arange(x.shape[-1]).float().sin()
+        return self.body(x) + self.cache[x.shape[-1]]
+
+
+def test_what_code_computes_once_does_not_matter():
+    model = train_a_little(Caching())
+    assert count_norms(optimize(model, torch.zeros(X))) == 0
+    assert model.cache == {}
+
+
 def test_a_batch_of_one_without_its_dimension_keeps_its_norm():
     model = prepare_lengths()
     fast, x = optimize(model, torch.zeros(8, 8)), torch.randn(8, 8)

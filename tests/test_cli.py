@@ -183,6 +183,22 @@ def test_without_a_network_the_line_says_what_to_do(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ["finetune", "resnet18", "--no-pretrained", "--data", "{}"],
+        ["finetune", "resnet18", "--no-pretrained", "--data", ".", "--run", "{}"],
+        ["finetune", "resnet18", "--no-pretrained", "--data", ".", "--recipe", "{}.yaml"],
+        ["evaluate", "resnet18", "--no-pretrained", "--data", "{}"],
+        ["plan", "{}.pt"],
+        ["plan", "resnet18", "--weights", "{}.pt"],
+    ],
+)
+def test_a_name_that_is_too_long_gets_one_line(run, args):
+    line = failure(run(*(arg.format("x" * 300) for arg in args)))
+    assert "too long" in line
+
+
+@pytest.mark.parametrize(
     ("args", "message"),
     [
         (["resnet5O"], "the nearest names are resnet50"),

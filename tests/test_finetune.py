@@ -232,6 +232,10 @@ def test_bad_images_are_named_and_counted(run, tmp_path):  # noqa: F811
     assert f"1 image cannot be read, at most 0 are skipped: {bad}" in error
     code, _, err = tune(run, data, "--max-bad", "1", "--run", "again")
     assert code == 0, err
+    assert "1 image could not be read, and again/unreadable.txt names them" in err
+    assert Path("again/unreadable.txt").read_text() == f"{bad}\n"
+    code, _, err = tune(run, data, "--max-bad", "1", "--run", "again", "--resume")
+    assert code == 0, err
     assert Path("again/unreadable.txt").read_text() == f"{bad}\n"
 
 

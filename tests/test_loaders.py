@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image, features
 from timm.data import create_transform, resolve_model_data_config
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
@@ -18,7 +18,7 @@ from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError
 from se_inject.formats import InputFormat, convert_image, make_eval_transform, make_train_transform, read_format
 from se_inject.images import make_transform
-from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.loaders import EvalLoader, TrainLoader, _prepare_worker, _say_plainly
 from se_inject.provenance import Source
 from se_inject.reading import NO_LABEL, UNREADABLE, seed_all
 from se_inject.recipe import Recipe
@@ -284,6 +284,13 @@ def test_in_training_the_next_image_takes_the_place_of_an_unreadable_one(spoilt,
     assert len({str(image) for image in sort_images([(images, None)])}) == 8
     assert loader.bad.list_names() == [str(tmp_path / "train" / f) for f in ("cat/1.jpg", "dog/0.jpg")]
     loader.bad.check()
+
+
+def test_a_worker_that_cannot_hand_on_what_it_read_ends():
+    """As where there is no shared memory left; a function cannot be handed on either, and torch would wait for ever."""
+    loader = DataLoader([0, 1], num_workers=1, collate_fn=lambda _: lambda: 0, worker_init_fn=_prepare_worker)
+    with pytest.raises(DataError, match=r"^a process that reads images ended .*/dev/shm"):
+        list(_say_plainly(loader))
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")

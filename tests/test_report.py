@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 
@@ -26,6 +27,7 @@ from se_inject.report_classes import choose_classes, choose_evenly, find_classes
 from se_inject.report_images import Farthest
 from se_inject.report_network import compare_arms, read_results
 from se_inject.report_page import make_page
+from se_inject.report_style import import_altair, write_picture
 from se_inject.scores import Scores
 from se_inject.timing import Conditions
 from se_inject.validation import Validation
@@ -415,6 +417,13 @@ def run(capsys, monkeypatch, digits):
         return code, captured.out, captured.err
 
     return run
+
+
+def test_a_name_that_is_no_utf8_can_be_drawn(tmp_path):
+    rows = [{"name": os.fsdecode(b"caf\xe9"), "value": 1}]
+    drawing = import_altair().Chart(import_altair().InlineData(values=rows)).mark_bar().encode(x="value:Q", y="name:N")
+    write_picture(drawing.properties(width=100), tmp_path / "bars")
+    assert "caf?" in (tmp_path / "bars.svg").read_text()
 
 
 def test_the_command_writes_the_page_the_numbers_and_the_figures(run, digits):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from se_inject.datasets import open_data
-from se_inject.errors import DataError, OptionError
+from se_inject.errors import DataError, OptionError, TrainingError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader
 from se_inject.scores import Scores, evaluate, quote_batch_size
@@ -276,6 +276,17 @@ def test_one_process_is_a_world():
         assert not world.is_cuda
         world.wait()
         assert world.add_up(torch.ones(2)).tolist() == [1, 1]
+
+
+def test_a_process_that_has_ended_is_one_line_for_the_others(monkeypatch):
+    there = {"device": "cpu", "global_rank": 1, "world_size": 2, "distributed": True}
+    monkeypatch.setattr("se_inject.world.init_distributed_device_so", lambda _: there)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: None)
+    match = r"^another of the 2 processes has ended \(\[/gloo/transport/tcp/pair.cc:5\] Read error\); start them again"
+    with pytest.raises(TrainingError, match=match), join_world("cpu"):
+        raise RuntimeError("[/gloo/transport/tcp/pair.cc:5] Read error\nmore")
+    with pytest.raises(RuntimeError, match=r"^a mistake$"), join_world("cpu"):
+        raise RuntimeError("a mistake")
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])

@@ -29,6 +29,16 @@ def test_a_wish_that_comes_in_a_runs_last_moments_is_there_in_the_next():
         assert not later.is_asked
 
 
+def test_while_there_is_nothing_to_lose_a_wish_is_fulfilled_at_once():
+    with Signals() as signals:
+        with pytest.raises(KeyboardInterrupt), signals.at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.is_asked
+        with pytest.raises(KeyboardInterrupt), signals.at_once():
+            pass
+
+
 def test_the_second_run_does_not_begin(tmp_path, monkeypatch):
     begun = []
 

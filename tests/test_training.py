@@ -19,7 +19,7 @@ from se_inject.errors import ArtifactError, DataError, OptionError, TrainingErro
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
-from se_inject.runlog import CURVES, METRICS, RunLog, read_metrics
+from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import evaluate
 from se_inject.stages import Stage, list_stages
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task, make_teacher
@@ -257,6 +257,46 @@ def test_a_run_writes_metrics_curves_and_event_files(digits, tmp_path):
     assert [round(e.value, 3) for e in events.Scalars("val/top1")] == [round(h["top1"], 3) for h in outcome.history]
     assert kept.count("last") == 2
     assert "best" in kept
+
+
+def test_what_a_run_that_began_anew_wrote_before_is_dropped(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for rate, num in ((0.1, 3), (0.2, 2)):
+        with RunLog(tmp_path, "test") as log:
+            log.begin(5, 0)
+            for step in range(num):
+                log.note_step(step + 1, epoch=0, stage="all", loss=1.0, rates={"backbone": rate}, images_per_second=1)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, round(e.value, 3)) for e in events.Scalars("lr/backbone")] == [(1, 0.2), (2, 0.2)]
+    assert len(read_metrics(tmp_path / METRICS)) == 2
+
+
+def test_lines_that_a_power_cut_left_behind_are_left_out(digits, tmp_path):
+    outcome = run(make_job(digits, replace(SMALL, epochs=1)), tmp_path / "run")
+    path = tmp_path / "run" / METRICS
+    lines = read_metrics(path)
+    with path.open("ab") as file:
+        file.write(b'\0\0\0\0\n[1]\n{"step": 9\n\xff\n{"epo')
+    assert read_metrics(path) == lines
+    assert run(make_job(digits, replace(SMALL, epochs=1)), tmp_path / "run", resume=True).history == outcome.history
+    draw_curves({"one": lines, "lost": []}, tmp_path / "curves.png")
+
+
+def test_a_wish_to_end_before_the_first_step_is_fulfilled_at_once(digits, tmp_path, monkeypatch):
+    def calibrate(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("se_inject.training.calibrate", calibrate)
+    with pytest.raises(TrainingError, match=r"^stopped before the first step of \d+$"):
+        run(make_job(digits), tmp_path / "run")
+
+
+def test_a_loss_that_is_no_number_before_the_first_checkpoint_says_so(digits, tmp_path):
+    recipe = replace(SMALL, lr=1e30, gates_share=0.0, clip=0.0)
+    with pytest.raises(TrainingError, match=r"no finite number .*; there is no checkpoint yet; try --set lr="):
+        run(make_job(digits, recipe), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

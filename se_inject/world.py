@@ -15,7 +15,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from torch import distributed as dist
 
-from se_inject.errors import OptionError, TrainingError, get_first_line
+from se_inject.errors import OptionError, TrainingError
 
 _T = TypeVar("_T")
 _LOST = ("gloo/transport", "connection closed by peer", "connection reset by peer", "ncclremoteerror")
@@ -97,8 +97,7 @@ def join_world(device: str = "auto") -> Iterator[World]:
         if not found["distributed"] or not any(sign in str(error).lower() for sign in _LOST):
             raise
         raise TrainingError(
-            f"another of the {found['world_size']} processes has ended ({get_first_line(error)}); start them again, a "
-            "fine-tune with --resume"
+            f"another of the {found['world_size']} processes has ended; start them again, a fine-tune with --resume"
         ) from error
     finally:
         if found["distributed"]:

@@ -176,7 +176,9 @@ def _is_release(statement: ast.stmt) -> bool:
 
 
 def _is_self_assignment(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == ast.unparse(statement.value)
+    if not isinstance(statement, ast.Assign) or not isinstance(statement.value, (ast.Name, ast.Tuple)):
+        return False
+    return ast.unparse(statement.targets[0]) == ast.unparse(statement.value)
 
 
 class _Prettify(ast.NodeTransformer):
@@ -187,8 +189,8 @@ class _Prettify(ast.NodeTransformer):
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
         self.generic_visit(node)
-        is_functional = self._has_functional and ast.unparse(node) == "torch.nn.functional"
-        return ast.Name("F", ast.Load()) if is_functional else node
+        is_candidate = self._has_functional and node.attr == "functional"
+        return ast.Name("F", ast.Load()) if is_candidate and ast.unparse(node) == "torch.nn.functional" else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if isinstance(node.func, ast.Name) and node.func.id == "slice":
@@ -288,11 +290,12 @@ class _Variable:
 
 def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str], layers: set[str]) -> None:
     """Let values share variables where their lives do not overlap; rewrites the names in place."""
-    last_use = {name: i for i, s in enumerate(statements) for name in _get_loads(s)}
-    num_uses = Counter(name for s in statements for name in _get_loads(s))
+    loads = [_get_loads(statement) for statement in statements]
+    last_use = {name: i for i, names in enumerate(loads) for name in names}
+    num_uses = Counter(name for names in loads for name in names)
     variables = {p: _Variable([p], 0, len(statements), p) for p in parameters}
     for i, statement in enumerate(statements):
-        ending = [name for name in _get_loads(statement) if name in variables and last_use[name] == i]
+        ending = [name for name in loads[i] if name in variables and last_use[name] == i]
         ending = [name for name in ending if name not in parameters or num_uses[name] == 1]
         if _joins_many(statement):
             ending = []

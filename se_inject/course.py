@@ -7,6 +7,7 @@ norm did not run there is one, and the convolutions that it may follow are left 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections import Counter
@@ -22,13 +23,20 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from se_inject.faithful import list_held
+from se_inject.account import describe_value
+from se_inject.faithful import list_held, list_inside
 from se_inject.folding import Fold, become, find_extras, is_hooked, lacks_bias, make_bias, make_rest, restore
 from se_inject.functions import CONVOLUTIONS
 from se_inject.tracing import replaced
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_QUESTIONS = frozenset({
+    "__get__", "__len__", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous",
+    "is_floating_point", "is_inference", "is_signed", "ndimension", "nelement", "numel", "size", "storage_offset",
+    "stride", "type",
+})  # fmt: skip
+"""Functions that tell of a tensor what its numbers do not matter for."""
 _MOST_TRIES = 20
 """Runs after which no norm is folded where code goes by the norms."""
 
@@ -56,21 +64,23 @@ class Course:
         return replace(self, folds=tuple(kept), keeping=self.keeping | other.keeping)
 
 
-def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
+def follow_norms(model: nn.Module, run: Callable[[], object], *, has_steps: bool = True) -> Course:
     """Find the batch norms that can go into the convolution before them.
 
     Args:
         model: A network in eval mode, over real or fake tensors.
         run: Runs it once, and returns its outputs.
+        has_steps: Whether the steps are noted, for which all maps of the run are kept.
     """
     with _given_biases(model):
-        watch = _Watch(model)
+        watch = _Watch(model, has_steps=has_steps)
         with torch.no_grad(), watch.noted_calls(), watch:
             outputs = run()
     held = {path: list_held(module) for path, module in model.named_modules()}
-    for x in (*tree_leaves(outputs), *itertools.chain.from_iterable(held.values())):
+    given = [*(leaves := tree_leaves(outputs)), *list_inside(leaves)]
+    for x in (*given, *itertools.chain.from_iterable(held.values())):
         watch.note_reader(x, None)
-    watch.note_use(tree_leaves(outputs))
+    watch.note_use(given)
     folds = []
     rivalled = _find_rivalled(model, watch.num_uses)
     for path, readers in watch.readers.items():
@@ -79,7 +89,8 @@ def follow_norms(model: nn.Module, run: Callable[[], object]) -> Course:
         if norm is not None and is_only and path not in rivalled and _can_fold(model, path, norm):
             folds.append(Fold(path, norm, not find_extras(model.get_submodule(norm))))
     keeping = frozenset(path for path, tensors in held.items() if tensors)
-    return Course(tuple(folds), watch.num_uses, keeping, (*watch.steps, _Step("", _get_shapes(outputs))))
+    watch.note_step("", None, leaves, None)
+    return Course(tuple(folds), watch.num_uses, keeping, tuple(watch.steps))
 
 
 def confirm_folds(model: nn.Module, run: Callable[[], object], course: Course) -> Course:
@@ -87,8 +98,8 @@ def confirm_folds(model: nn.Module, run: Callable[[], object], course: Course) -
 
     Args:
         model: The network that was followed.
-        run: Runs it once more, as it was run then.
-        course: What was seen.
+        run: Runs it once more, as it was run then, over fake tensors: numbers would be others.
+        course: What was seen, with steps.
     """
     folds, steps = list(course.folds), list(course.steps)
     for attempt in range(_MOST_TRIES):
@@ -108,12 +119,9 @@ def confirm_folds(model: nn.Module, run: Callable[[], object], course: Course) -
 def _list_steps(model: nn.Module, run: Callable[[], object]) -> list[_Step]:
     """List what runs; up to where it raises, as code may do with a layer that is another one."""
     watch = _Watch(model)
-    with _given_biases(model), torch.no_grad(), watch.noted_calls(), watch:
-        try:
-            outputs = run()
-        except Exception:  # noqa: BLE001  whatever it is
-            return watch.steps
-    return [*watch.steps, _Step("", _get_shapes(outputs))]
+    with contextlib.suppress(Exception), _given_biases(model), torch.no_grad(), watch.noted_calls(), watch:
+        watch.note_step("", None, tree_leaves(run()), None)
+    return watch.steps
 
 
 def _find_last_norm(steps: Sequence[_Step], found: Sequence[_Step], norms: Collection[str]) -> str | None:
@@ -181,11 +189,15 @@ def _can_fold(model: nn.Module, path: str, norm_path: str) -> bool:
 
 @dataclass(frozen=True)
 class _Step:
-    """A function that ran, the shapes of what it gave, and whose it was if it was that of a batch norm."""
+    """A function that ran, the shapes of what it gave, what it was handed, and whose it was if it was a batch norm's.
+
+    A tensor is told by the step that it comes from, as if no batch norm had been in between; a plain value by itself.
+    """
 
     name: str
     shapes: tuple[torch.Size, ...]
-    norm: str | None = None
+    arguments: tuple[object, ...]
+    norm: str | None
 
 
 @dataclass
@@ -199,8 +211,12 @@ class _Made:
 class _Watch(TorchFunctionMode):
     """Follows what convolutions make to whatever reads it: the path of a batch norm, or None for anything else."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, has_steps: bool = True) -> None:
         super().__init__()
+        self._has_steps = has_steps
+        self._num_steps = 0  # without those of batch norms
+        self._sources: dict[int, object] = {id(x): id(x) for x in (*model.parameters(), *model.buffers())}
+        self._seen: list[object] = []  # kept, so that no other tensor gets the id of one
         self.readers: dict[str, set[str | None]] = {}
         self.num_uses: Counter[str] = Counter()
         self.steps: list[_Step] = []
@@ -227,11 +243,14 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         leaves = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if result is not None and not any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            if name not in _QUESTIONS:
+                for x in leaves:
+                    self.note_reader(x, None)
             self._note_question(leaves)
             return result
         norm = self._find_norm(args, kwargs) if name == "batch_norm" else None
         if name != "_assert":  # as a norm checks its input
-            self.steps.append(_Step(name, _get_shapes(result), norm))
+            self.note_step(name, result, tree_leaves((args, kwargs)), norm)
         for i, x in enumerate(leaves):
             self.note_reader(x, norm if i == 0 else None)
         if norm is not None:
@@ -241,6 +260,23 @@ class _Watch(TorchFunctionMode):
         else:
             self.note_use(leaves)
         return result
+
+    def note_step(self, name: str, result: object, arguments: Sequence[object], norm: str | None) -> None:
+        """Note what ran, with what it was handed and gave."""
+        if not self._has_steps:
+            return
+        described = [self._describe(x) for x in arguments]
+        if name in CONVOLUTIONS:
+            described[2:3] = [None]  # the bias, which may have been given to it anew
+        given = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.steps.append(_Step(name, tuple(x.shape for x in given), tuple(described), norm))
+        for i, x in enumerate(given):
+            self._sources[id(x)] = (self._num_steps, i) if norm is None else described[0]
+        self._seen += given
+        self._num_steps += norm is None
+
+    def _describe(self, x: object) -> object:
+        return self._sources.get(id(x), "tensor") if isinstance(x, Tensor) else describe_value(x)
 
     @contextmanager
     def noted_calls(self) -> Iterator[None]:
@@ -300,7 +336,3 @@ class _Watch(TorchFunctionMode):
         if is_batch and [id(x) for x in leaves[1:]] == [id(x) for x in (module.weight, module.bias) if x is not None]:
             self.readers.setdefault(path, set())
             self._made[id(result)] = _Made(result, path)
-
-
-def _get_shapes(result: object) -> tuple[torch.Size, ...]:
-    return tuple(x.shape for x in tree_leaves(result) if isinstance(x, Tensor))

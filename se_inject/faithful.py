@@ -86,12 +86,14 @@ def watch_state(model: nn.Module) -> Callable[[], bool]:
 def list_held(module: nn.Module) -> list[Tensor]:
     """List the tensors that a module, without those in it, has in its attributes, in containers and plain objects."""
     own = {key: value for key, value in vars(module).items() if key not in ("_parameters", "_buffers", "_modules")}
-    contents = (content for _, content in _copy_containers([own]))
-    return [x for content in contents for x in _list_items(content) if isinstance(x, Tensor)]
+    return list_inside([own])
 
 
-def _list_items(container: Any) -> list[Any]:
-    return list(container.values() if isinstance(container, dict) else container)
+def list_inside(values: Iterable[object]) -> list[Tensor]:
+    """List the tensors in containers and plain objects."""
+    contents = (content for _, content in _copy_containers(values))
+    items = (content.values() if isinstance(content, dict) else content for content in contents)
+    return [x for container in items for x in container if isinstance(x, Tensor)]
 
 
 def get_modes() -> tuple[object, ...]:

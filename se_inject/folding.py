@@ -79,7 +79,7 @@ def find_extras(norm: nn.Module) -> Sequence[nn.Module] | None:
     is_timms = type(norm).__module__ == "timm.layers.norm_act" and type(norm).__name__.startswith("BatchNormAct")
     if not is_timms or not isinstance(drop, nn.Module) or not isinstance(act, nn.Module):
         return None
-    return [layer for layer in (drop, act) if not isinstance(layer, nn.Identity)]
+    return [layer for layer in (drop, act) if not isinstance(layer, nn.Identity) or is_hooked(layer)]
 
 
 def make_rest(norm: nn.Module) -> nn.Module:
@@ -92,7 +92,7 @@ def make_rest(norm: nn.Module) -> nn.Module:
 
 def become(module: nn.Module, other: nn.Module) -> None:
     """Make a module what another one is, wherever it is held: by several names, and in plain lists."""
-    restore(module, type(other), dict(vars(other)))
+    restore(module, type(other), {k: v.copy() if isinstance(v, dict) else v for k, v in vars(other).items()})
 
 
 def restore(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:

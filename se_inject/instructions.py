@@ -59,7 +59,7 @@ def lists_children(kind: type[nn.Module], name: str) -> bool:
 
 
 def list_reads_elsewhere(kind: type[nn.Module]) -> set[str]:
-    """List the attributes that a module's methods for its users read, beside those that a network runs."""
+    """List the names that a module's methods for its users read, beside those that a network runs."""
     reads: set[str] = set()
     for name in dir(kind):
         if not name.startswith("_") and name not in METHODS and not hasattr(nn.Module, name):
@@ -67,7 +67,7 @@ def list_reads_elsewhere(kind: type[nn.Module]) -> set[str]:
             method: Any = found.fget if isinstance(found, property) else found
             for function in _walk_functions(kind, method):
                 if function.__name__ not in METHODS:
-                    reads.update(_list_own_reads(function))
+                    reads.update(name for code in _walk_code(function.__code__) for name in code.co_names)
     return reads
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -186,9 +187,8 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
             return confirm_folds(twin.model, run, course)
     except DATA_DEPENDENT:
         copied, given = copy_model(model), make_zeros(call, model)
-        with apart(copied):
-            run = functools.partial(copied, *given.args, **given.kwargs)
-            return confirm_folds(copied, run, follow_norms(copied, run))
+        with apart(copied), kept_random_state():
+            return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs), has_steps=False)
 
 
 def _differs(twin: Twin, entry: Entry, call: Call, trace: Trace) -> bool:
@@ -228,7 +228,8 @@ def _prepare(twin: Twin, course: Course) -> list[_Surgery]:
         prefix = f"{entry.path}." if entry.path else ""
         owner = twin.model.get_submodule(entry.path)
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
-        read = list_reads_elsewhere(type(owner))
+        around = (prefix[: match.start()] for match in re.finditer(r"\.|^", prefix))
+        read = set[str]().union(*(list_reads_elsewhere(type(twin.model.get_submodule(path))) for path in around))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
         free = {path for path in single if path.partition(".")[0] not in read}
         call = decode_call(values, twin)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import onnx
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -99,6 +100,63 @@ class GathersAfterNorms(AsksForNorms):
             if type(layer).__name__ == "BatchNorm2d":
                 gathered.append(x)
         return gathered, self.other(x)
+
+
+class Layers(nn.Module):
+    """A convolution and its norm, run in several ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv(3, 8, 3), nn.BatchNorm2d(8)
+
+
+class SkipsFromNorms(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([conv(3, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), conv(3, 3, 3)])
+
+    def forward(self, x):
+        skip = x
+        for layer in self.layers:
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                skip = x
+        return x + skip
+
+
+class AsksForWeights(Layers):
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        return y * 2 if getattr(self.bn, "weight", None) is not None else y * 3
+
+
+class CountsNorms(Layers):
+    def forward(self, x):
+        return self.bn(self.conv(x)) * sum(isinstance(m, nn.BatchNorm2d) for m in self.modules())
+
+
+class GivesAnObject(Layers):
+    def forward(self, x):
+        y = self.conv(x)
+        return SimpleNamespace(a=self.bn(y), b=y)
+
+
+class GivesNumbers(Layers):
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn(y), torch.tensor(y.tolist())
+
+
+class Detects(nn.Module):
+    """As many outputs as there are places above a threshold."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8, 3), nn.BatchNorm2d(8))
+
+    def forward(self, x):
+        scores = self.body(x).sigmoid().amax(1).flatten()
+        return scores[torch.nonzero(scores > 0.6).flatten()] + 0 * torch.rand(1)
 
 
 class Keeping(nn.Module):
@@ -232,6 +290,11 @@ PLAIN = {
     "gathers after norms": GathersAfterNorms,
     "kept for itself": lambda: Returned(KeepsForItself),
     "scripted": Scripted,
+    "skips from norms": SkipsFromNorms,
+    "asks for weights": AsksForWeights,
+    "counts norms": CountsNorms,
+    "gives numbers": GivesNumbers,
+    "detects": Detects,
 }
 INJECTED = {
     "encoder": Encoder,
@@ -261,6 +324,34 @@ def test_blocks_take_over_no_more_than_they_may(name):
     assert_same(model, fast)
     if hasattr(model, "encode"):
         torch.testing.assert_close(fast.encode(torch.ones(X)), model.encode(torch.ones(X)))
+
+
+def test_a_map_in_an_object_that_is_returned_stays():
+    torch.manual_seed(0)
+    model, x = train_a_little(GivesAnObject()), torch.randn(X)
+    with torch.no_grad():
+        found, expected = optimize(model, torch.zeros(X))(x), model(x)
+    assert torch.equal(found.a, expected.a)
+    assert torch.equal(found.b, expected.b)
+
+
+def test_a_course_that_depends_on_data_is_seen_on_zeros_and_draws_nothing():
+    torch.manual_seed(0)
+    model, state = train_a_little(Detects()), torch.get_rng_state()
+    assert count_norms(optimize(model, torch.zeros(X))) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_norms_with_one_activation_stay_apart():
+    norms, act = [timm.layers.BatchNormAct2d(8) for _ in range(2)], nn.PReLU()
+    for norm in norms:
+        norm.act = act
+    fast = optimize(train_a_little(nn.Sequential(conv(3, 8), norms[0], conv(8, 8), norms[1])), torch.zeros(X))
+    seen = []
+    fast[1].register_forward_hook(lambda *_: seen.append(1))
+    fast(torch.zeros(X))
+    assert count_norms(fast) == 0
+    assert len(seen) == 1
 
 
 def test_norms_are_folded_wherever_they_are_called_from():
@@ -323,6 +414,32 @@ class Detector(nn.Module):
 
     def forward(self, x):
         return self.head(self.backbone(x)[:, :, None, None])
+
+
+class Early(nn.Module):
+    """Runs the layers of a block by itself, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = inject(torchvision.models.resnet50(num_classes=4), example=torch.zeros(2, 3, 32, 32))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def early(self, x):
+        net = self.net
+        x = net.layer1[0](net.maxpool(net.relu(net.bn1(net.conv1(x)))))
+        block = net.layer1[1]
+        x = block.relu(block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x))))))
+        return block.bn3(block.conv3(x))
+
+
+def test_methods_of_what_is_around_run_the_layers_of_a_block_as_before():
+    torch.manual_seed(0)
+    model, x = train_a_little(Early()), torch.randn(2, 3, 32, 32)
+    fast = optimize(model, x)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.early(x), model.early(x), rtol=1e-4, atol=1e-4)
 
 
 def test_injected_networks_in_others_are_optimized():

@@ -58,17 +58,35 @@ def lists_children(kind: type[nn.Module], name: str) -> bool:
     return any(_LISTINGS.intersection(_list_own_reads(function)) for function in own)
 
 
-def list_reads_elsewhere(kind: type[nn.Module]) -> set[str]:
-    """List the names that a module's methods for its users read, beside those that a network runs."""
+def list_reads_elsewhere(kind: type[nn.Module], *, is_owner: bool) -> set[str]:
+    """List what a module's methods for its users, beside those that a network runs, read of modules: to run them, say.
+
+    Args:
+        kind: The module's class.
+        is_owner: Whether its own attributes count, or those of others alone.
+    """
     reads: set[str] = set()
     for name in dir(kind):
-        if not name.startswith("_") and name not in METHODS and not hasattr(nn.Module, name):
-            found = inspect.getattr_static(kind, name)
-            method: Any = found.fget if isinstance(found, property) else found
-            for function in _walk_functions(kind, method):
-                if function.__name__ not in METHODS:
-                    reads.update(name for code in _walk_code(function.__code__) for name in code.co_names)
+        method = inspect.getattr_static(kind, name)
+        is_hidden = name.startswith("_") or name in METHODS or hasattr(nn.Module, name)
+        if is_hidden or not isinstance(method, FunctionType) or len(inspect.signature(method).parameters) < 2:
+            continue  # what takes no input sets weights up
+        for function in _walk_functions(kind, method):
+            if function.__name__ not in METHODS:
+                found = _list_reads(function)
+                reads.update(read for read, is_own in found if is_owner or not is_own)
     return reads
+
+
+def _list_reads(function: FunctionType) -> Iterator[tuple[str, bool]]:
+    """List the attributes that code reads, without those that are asked for their channels, and whether of `self`."""
+    for code in _walk_code(function.__code__):
+        instructions = _list_instructions(code)
+        for i, instruction in enumerate(instructions):
+            is_read = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
+            is_asked = i + 1 < len(instructions) and instructions[i + 1].argval in nn.Conv2d.__constants__
+            if is_read and not is_asked:
+                yield str(instruction.argval), i > 0 and _reads_first(function, instructions[i - 1])
 
 
 def _walk_functions(kind: type, method: Callable[..., Any]) -> Iterator[FunctionType]:

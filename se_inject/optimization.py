@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
@@ -221,6 +220,14 @@ def _list_entries(model: nn.Module) -> Iterator[tuple[Entry, list[str], object]]
                 yield Entry(full, entry.method), names, plan.calls[entry.key]
 
 
+def _list_reads_around(model: nn.Module, entry: Entry) -> set[str]:
+    """List what other methods of an owner, and of the modules around it, read."""
+    parts = entry.path.split(".") if entry.path else []
+    around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
+    reads = (list_reads_elsewhere(type(module), is_owner=module is around[-1]) for module in around)
+    return set[str]().union(*reads)
+
+
 def _prepare(twin: Twin, course: Course) -> list[_Surgery]:
     """Do all that can fail: edit the graphs and write the code. Owners that cannot be followed are left as they are."""
     surgeries: dict[str, _Surgery] = {}
@@ -228,9 +235,8 @@ def _prepare(twin: Twin, course: Course) -> list[_Surgery]:
         prefix = f"{entry.path}." if entry.path else ""
         owner = twin.model.get_submodule(entry.path)
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
-        around = (prefix[: match.start()] for match in re.finditer(r"\.|^", prefix))
-        read = set[str]().union(*(list_reads_elsewhere(type(twin.model.get_submodule(path))) for path in around))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
+        read = _list_reads_around(twin.model, entry)
         free = {path for path in single if path.partition(".")[0] not in read}
         call = decode_call(values, twin)
         try:

@@ -134,7 +134,11 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: b
     fold_norms(target, course.folds)
     for surgery in surgeries:
         surgery.perform(target, kernels=kernels)
-    mark_module(target, OPTIMIZED, {**encode_call(call, get_dtype(target)), **({"kernels": True} if kernels else {})})
+    options = {"kernels": True} if kernels else {}
+    for module in target.modules():  # injected ones in it, which are not to be worked on either
+        if module is not target and (plan := find_plan(module)) is not None:
+            mark_module(module, OPTIMIZED, {**plan.calls[Entry("").key], **options})
+    mark_module(target, OPTIMIZED, {**encode_call(call, get_dtype(target)), **options})
     return target
 
 

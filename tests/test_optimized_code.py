@@ -11,7 +11,18 @@ import torchvision
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from se_inject import blocks, disable_adapters, inject, load_adapter, optimize, save_adapter, set_adapter
+from se_inject import (
+    blocks,
+    disable_adapters,
+    eject,
+    inject,
+    load,
+    load_adapter,
+    optimize,
+    save,
+    save_adapter,
+    set_adapter,
+)
 from se_inject.errors import ModelError
 from se_inject.fused import FusedSqueezeExcite
 from tests.test_optimization import train_a_little
@@ -442,12 +453,18 @@ def test_methods_of_what_is_around_run_the_layers_of_a_block_as_before():
         torch.testing.assert_close(fast.early(x), model.early(x), rtol=1e-4, atol=1e-4)
 
 
-def test_injected_networks_in_others_are_optimized():
+def test_injected_networks_in_others_are_optimized(tmp_path):
     model = prepare(Detector(inject(torchvision.models.resnet18(num_classes=10))))
     fast = optimize(model, torch.zeros(X))
     assert count_norms(fast) == 0
     assert {type(block) for block in blocks(fast).values()} == {FusedSqueezeExcite}
     assert_same(model, fast, shapes=(X, (3, 3, 64, 48)))
+    for act in (eject, optimize):
+        with pytest.raises(ModelError, match="is optimized"):
+            act(fast.backbone)
+    save(fast.backbone, tmp_path / "fast.pt")
+    again = load(tmp_path / "fast.pt", base=torchvision.models.resnet18(num_classes=10))
+    assert_same(fast.backbone, again, shapes=[(2, 3, 64, 48)])
 
 
 def test_what_was_taken_out_after_the_injection_does_not_matter():

@@ -7,7 +7,7 @@ executing anything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ def read_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Checkpoint | N
     if not path.is_file():
         return None
     values = read_values(path)
-    names = {f.name: f.default_factory is MISSING for f in fields(Checkpoint)}
-    needed = {name for name, is_needed in names.items() if is_needed}
+    names = {f.name for f in fields(Checkpoint)}
+    needed = names - {"unreadable"}  # which older ones have not
     if values.get("format") != FORMAT or not needed <= set(values):
         raise ArtifactError(f"{path} is no checkpoint of se-inject")
     if not isinstance(values["version"], int) or values["version"] > FORMAT_VERSION:

@@ -7,11 +7,10 @@ norm did not run there is one, and the convolutions that it may follow are left 
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from se_inject.account import describe_value
 from se_inject.faithful import list_held, list_inside
-from se_inject.folding import Fold, become, find_extras, is_hooked, lacks_bias, make_bias, make_rest, restore
+from se_inject.folding import Fold, find_extras, is_hooked, lacks_bias, make_bias
 from se_inject.functions import CONVOLUTIONS
 from se_inject.tracing import replaced
 
@@ -37,8 +36,6 @@ _QUESTIONS = frozenset({
     "stride", "type",
 })  # fmt: skip
 """Functions that tell of a tensor what its numbers do not matter for."""
-_MOST_TRIES = 20
-"""Runs after which no norm is folded where code goes by the norms."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class Course:
     folds: tuple[Fold, ...]
     num_uses: Counter[str]
     keeping: frozenset[str]
-    steps: tuple[_Step, ...]
+    steps: tuple[Step, ...]
 
     def agree(self, other: Course) -> Course:
         """Keep the folds that another run of the same network shows too, or says nothing of."""
@@ -72,8 +69,8 @@ def follow_norms(model: nn.Module, run: Callable[[], object], *, has_steps: bool
         run: Runs it once, and returns its outputs.
         has_steps: Whether the steps are noted, for which all maps of the run are kept.
     """
-    with _given_biases(model):
-        watch = _Watch(model, has_steps=has_steps)
+    with given_biases(model):
+        watch = Watch(model, has_steps=has_steps)
         with torch.no_grad(), watch.noted_calls(), watch:
             outputs = run()
     held = {path: list_held(module) for path, module in model.named_modules()}
@@ -91,62 +88,6 @@ def follow_norms(model: nn.Module, run: Callable[[], object], *, has_steps: bool
     keeping = frozenset(path for path, tensors in held.items() if tensors)
     watch.note_step("", None, leaves, None)
     return Course(tuple(folds), watch.num_uses, keeping, tuple(watch.steps))
-
-
-def confirm_folds(model: nn.Module, run: Callable[[], object], course: Course) -> Course:
-    """Drop the folds after which the network would take another course, as code does that asks a layer for its class.
-
-    Args:
-        model: The network that was followed.
-        run: Runs it once more, as it was run then, over fake tensors: numbers would be others.
-        course: What was seen, with steps.
-    """
-    folds, steps = list(course.folds), list(course.steps)
-    for attempt in range(_MOST_TRIES):
-        norms = {fold.norm for fold in folds}
-        with _left_out(model, folds):
-            found = _list_steps(model, run)
-        if found == [step for step in steps if step.norm not in norms]:
-            return replace(course, folds=tuple(folds))
-        if attempt == 0:
-            steps = _list_steps(model, run)  # what code keeps from its first run it does not make again
-        else:
-            last = _find_last_norm(steps, found, norms)
-            folds = [fold for fold in folds if fold.norm != last and last is not None]
-    return replace(course, folds=())
-
-
-def _list_steps(model: nn.Module, run: Callable[[], object]) -> list[_Step]:
-    """List what runs; up to where it raises, as code may do with a layer that is another one."""
-    watch = _Watch(model)
-    with contextlib.suppress(Exception), _given_biases(model), torch.no_grad(), watch.noted_calls(), watch:
-        watch.note_step("", None, tree_leaves(run()), None)
-    return watch.steps
-
-
-def _find_last_norm(steps: Sequence[_Step], found: Sequence[_Step], norms: Collection[str]) -> str | None:
-    """Find the norm that ran before the first step that is another one when these norms are left out."""
-    last, left = None, iter(found)
-    for step in steps:
-        if step.norm in norms:
-            last = step.norm
-        elif step != next(left, None):
-            break
-    return last
-
-
-@contextmanager
-def _left_out(model: nn.Module, folds: Iterable[Fold]) -> Iterator[None]:
-    """Let batch norms do no more than what they do beside, for as long as the context lasts."""
-    norms = [model.get_submodule(fold.norm) for fold in folds]
-    originals = [(norm, type(norm), dict(vars(norm))) for norm in norms]
-    try:
-        for norm in norms:
-            become(norm, make_rest(norm))
-        yield
-    finally:
-        for norm, kind, attributes in originals:
-            restore(norm, kind, attributes)
 
 
 def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
@@ -169,7 +110,7 @@ def _find_rivalled(model: nn.Module, num_uses: Counter[str]) -> set[str]:
 
 
 @contextmanager
-def _given_biases(model: nn.Module) -> Iterator[None]:
+def given_biases(model: nn.Module) -> Iterator[None]:
     """Give each convolution a bias of zeros for as long as the context lasts, to see whether the code has it added."""
     bare = [module for module in model.modules() if isinstance(module, _ConvNd) and lacks_bias(module)]
     try:
@@ -188,7 +129,7 @@ def _can_fold(model: nn.Module, path: str, norm_path: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Step:
+class Step:
     """A function that ran, the shapes of what it gave, what it was handed, and whose it was if it was a batch norm's.
 
     A tensor is told by the step that it comes from, as if no batch norm had been in between; a plain value by itself.
@@ -208,7 +149,7 @@ class _Made:
     path: str
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
     """Follows what convolutions make to whatever reads it: the path of a batch norm, or None for anything else."""
 
     def __init__(self, model: nn.Module, *, has_steps: bool = True) -> None:
@@ -219,7 +160,7 @@ class _Watch(TorchFunctionMode):
         self._seen: list[object] = []  # kept, so that no other tensor gets the id of one
         self.readers: dict[str, set[str | None]] = {}
         self.num_uses: Counter[str] = Counter()
-        self.steps: list[_Step] = []
+        self.steps: list[Step] = []
         self._made: dict[int, _Made] = {}
         self._weights: dict[int, tuple[str, _ConvNd]] = {}
         self._means: dict[int, tuple[str, _BatchNorm]] = {}
@@ -269,7 +210,7 @@ class _Watch(TorchFunctionMode):
         if name in CONVOLUTIONS:
             described[2:3] = [None]  # the bias, which may have been given to it anew
         given = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        self.steps.append(_Step(name, tuple(x.shape for x in given), tuple(described), norm))
+        self.steps.append(Step(name, tuple(x.shape for x in given), tuple(described), norm))
         for i, x in enumerate(given):
             self._sources[id(x)] = (self._num_steps, i) if norm is None else described[0]
         self._seen += given

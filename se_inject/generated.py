@@ -59,14 +59,20 @@ def derive_class(
 
 def has_method(cls: type[nn.Module], method: Method) -> bool:
     """Tell whether a class is a generated one whose own method is this one, to the letter."""
-    _, _, source, names = vars(cls).get("_se_inject_code", (None, None, "", {}))
+    source, names = _get_own(cls)
     return indent_method(method) in source and all(names.get(key) is value for key, value in method.names.items())
 
 
 def is_narrower(cls: type[nn.Module], method: Method) -> bool:
     """Tell whether a method refuses arguments that a class's own one takes."""
-    source = vars(cls).get("_se_inject_code", (None, None, "", {}))[2]
+    source, _ = _get_own(cls)
     return any(line.strip() not in source for guard in method.guards for line in guard.splitlines())
+
+
+def _get_own(cls: type[nn.Module]) -> tuple[str, Mapping[str, object]]:
+    """Return a generated class's own source, and the objects behind its names; nothing for any other class."""
+    _, _, source, names = vars(cls).get("_se_inject_code", (None, None, "", {}))
+    return source, names
 
 
 def _make_class(base: type[nn.Module], name: str, source: str, names: Mapping[str, object]) -> type[nn.Module]:

@@ -67,7 +67,7 @@ def list_reads_elsewhere(kind: type[nn.Module], *, is_owner: bool) -> set[str]:
     """
     reads: set[str] = set()
     for name in dir(kind):
-        method = inspect.getattr_static(kind, name)
+        method = inspect.getattr_static(kind, name, None)
         is_hidden = name.startswith("_") or name in METHODS or hasattr(nn.Module, name)
         if is_hidden or not isinstance(method, FunctionType) or len(inspect.signature(method).parameters) < 2:
             continue  # what takes no input sets weights up

@@ -20,7 +20,8 @@ from torch.nn.modules.conv import _ConvNd
 from se_inject.block import SqueezeExcite, mark_block
 from se_inject.calls import Call, Entry, decode_call, encode_call
 from se_inject.codegen import Method, write_method
-from se_inject.course import Course, confirm_folds, follow_norms
+from se_inject.confirmation import confirm_folds
+from se_inject.course import Course, follow_norms
 from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples

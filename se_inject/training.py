@@ -157,8 +157,7 @@ class _Run:
         if found is not None:
             self._restore(found)
         else:
-            with signals.at_once():
-                self._begin()
+            self._begin(signals)
         stages = list_stages(self.recipe, self.job.num_steps, has_blocks=bool(blocks(self.model)))
         for stage in stages:
             if self.step < stage.last:
@@ -166,17 +165,21 @@ class _Run:
         assert self.scores is not None
         return Outcome(self._get_result(), self.scores, self.history, self.seconds, self._compute_rate())
 
-    def _begin(self) -> None:
+    def _begin(self, signals: Signals) -> None:
         """Look at the images, and validate the network as it is; nothing is lost if that is stopped."""
         doing = "fitting the classifier" if self.job.fresh else "looking at the images"
+        job, quoting = self.job, quote_batch_size("batch_size", self.recipe.batch_size)
         try:
-            with quote_batch_size("batch_size", self.recipe.batch_size), self.log.showing(doing):
-                self.recipe, self.dependence = calibrate(
-                    self.model, self.job.train, self.recipe, self.job.world, fresh=self.job.fresh, compute=self._compute
-                )
-            self._note(self._validate())
+            with signals.at_once():
+                with quoting, self.log.showing(doing):
+                    self.recipe, self.dependence = calibrate(
+                        self.model, job.train, self.recipe, job.world, fresh=job.fresh, compute=self._compute
+                    )
+                self._note(self._validate())
         except KeyboardInterrupt as error:
-            raise InterruptedTrainingError(f"stopped before the first step of {self.job.num_steps}") from error
+            raise InterruptedTrainingError(
+                f"stopped before the first step of {self.job.num_steps}; the same command with --resume goes on"
+            ) from error
 
     @property
     def _unreadable(self) -> dict[str, Bad]:

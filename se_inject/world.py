@@ -15,7 +15,7 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from torch import distributed as dist
 
-from se_inject.errors import OptionError, TrainingError
+from se_inject.errors import OptionError, SEInjectError, TrainingError
 
 _T = TypeVar("_T")
 _LOST = ("gloo/transport", "connection closed by peer", "connection reset by peer", "ncclremoteerror")
@@ -94,7 +94,8 @@ def join_world(device: str = "auto") -> Iterator[World]:
     try:
         yield World(torch.device(found["device"]), found["global_rank"], found["world_size"])
     except RuntimeError as error:
-        if not found["distributed"] or not any(sign in str(error).lower() for sign in _LOST):
+        is_ours = isinstance(error, SEInjectError)
+        if is_ours or not found["distributed"] or not any(sign in str(error).lower() for sign in _LOST):
             raise
         raise TrainingError(
             f"another of the {found['world_size']} processes has ended; start them again, a fine-tune with --resume"

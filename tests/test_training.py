@@ -21,6 +21,7 @@ from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe, read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import evaluate
+from se_inject.signals import Signals
 from se_inject.stages import Stage, list_stages
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task, make_teacher
 from se_inject.training import InterruptedTrainingError, Job, train
@@ -289,8 +290,12 @@ def test_a_wish_to_end_before_the_first_step_is_fulfilled_at_once(digits, tmp_pa
         raise AssertionError("it went on")
 
     monkeypatch.setattr("se_inject.training.calibrate", calibrate)
-    with pytest.raises(TrainingError, match=r"^stopped before the first step of \d+$"):
+    with pytest.raises(TrainingError, match=r"^stopped before the first step of \d+; the same command with --resume"):
         run(make_job(digits), tmp_path / "run")
+    with Signals():
+        os.kill(os.getpid(), signal.SIGTERM)  # before the run takes signals itself
+        with pytest.raises(TrainingError, match=r"^stopped before the first step"):
+            run(make_job(digits), tmp_path / "run")
 
 
 def test_a_loss_that_is_no_number_before_the_first_checkpoint_says_so(digits, tmp_path):

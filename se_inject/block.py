@@ -158,8 +158,17 @@ class SqueezeExcite(nn.Module):
 
         return super()._apply(convert if self.num_spatial == 3 else fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
 
-    def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
+    def _join(self, squeezed: Sequence[Tensor]) -> Tensor:
+        """Join what is squeezed from all maps, in the type of the layers: a network's code may have cast a map."""
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
+        kind = getattr(self.fc1.weight, "dtype", None)  # a quantised layer's weight is a method
+        # Not for torch.fx's proxies, which cannot be asked; under autocast the layers convert what they are given.
+        if not isinstance(z, Tensor) or kind in (None, z.dtype) or _is_autocast(z.device.type):
+            return z
+        return z.to(kind)
+
+    def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
+        z = self._join(squeezed)
         # Flattened last: torch's quantisation takes what stands right before a sigmoid for its result, from 0 to 1.
         return self.activate(self.fc2(F.relu(self.fc1(z[:, :, None, None])))).flatten(1)
 
@@ -199,6 +208,10 @@ class SqueezeExcite(nn.Module):
 
 def _unpack(scaled: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return scaled[0] if len(scaled) == 1 else tuple(scaled)
+
+
+def _is_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def mark_block(module: nn.Module) -> nn.Module:

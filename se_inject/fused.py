@@ -126,8 +126,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         return torch.mul(x, gate, out=out) if shortcut is None else torch.addcmul(shortcut, x, gate, out=out)
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
-        z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        return self.activate(self.fc2(torch.relu(self.fc1(z))))
+        return self.activate(self.fc2(torch.relu(self.fc1(self._join(squeezed)))))
 
     @property
     def channels(self) -> int:

@@ -92,6 +92,19 @@ def test_under_autocast_the_map_keeps_its_type(training):
             assert torch.equal(block(x), x)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_map_that_was_cast_keeps_its_type(kind, training):
+    block = SqueezeExcite(32, dtype=kind).train(training)
+    torch.nn.init.normal_(block.fc2.weight)
+    x = torch.randn(2, 32, 4, 4, requires_grad=True)
+    y = block(x, shortcut=x)
+    y.sum().backward()
+    gate = block.compute_gate(x.detach().to(kind)).float()
+    torch.testing.assert_close(y, x + x * gate[:, :, None, None], rtol=0.02, atol=0.02)
+    assert (y.dtype, x.grad.dtype, block.fc1.weight.grad.dtype) == (torch.float32, torch.float32, kind)
+
+
 def test_a_new_block_is_alive_for_every_image():
     for seed in range(50):
         torch.manual_seed(seed)

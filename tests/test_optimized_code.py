@@ -502,3 +502,30 @@ def test_scripted_and_compiled_networks_are_refused():
         optimize(torch.jit.trace(net, torch.zeros(X)), torch.zeros(X))
     with pytest.raises(ModelError, match="is compiled"):
         optimize(torch.compile(net, backend="eager"), torch.zeros(X))
+
+
+class Casting(nn.Module):
+    """Adds in fp32, whatever the type of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(conv(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), conv(16, 16), nn.BatchNorm2d(16))
+        self.stem = conv(3, 16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return (x.float() + self.branch(x).float()).relu().to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_network_that_casts_its_maps_can_be_converted(kind):
+    x = torch.randn(X)
+    net = inject(Casting().eval(), example=x)
+    assert len(blocks(net)) == 1
+    train_a_little(net)
+    expected = net(x)
+    fast = optimize(net, x)
+    for model in (net.to(kind), optimize(net, x.to(kind)), fast.to(kind)):
+        found = model(x.to(kind))
+        assert found.dtype == kind
+        torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)

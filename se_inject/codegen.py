@@ -11,15 +11,17 @@ import ast
 import builtins
 import dis
 import inspect
+import itertools
 import math
+import operator
 import os.path
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
 from se_inject.tracing import Trace
@@ -148,10 +150,10 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     statements = _inline_reads(statements, plain_reads)
     reserved = {"self", *trace.signature.parameters, *names, *dir(builtins)}
     parameters = {argument.arg for argument in function.args.args}
-    joint = {node.name: node.meta["joint"] for node in trace.graph.nodes if "joint" in node.meta}
-    statements = _unpack_joint(statements, joint)
+    unpacked = _find_unpacked(trace.graph)
+    statements = _unpack(statements, unpacked)
     statements = _write_effects(statements)
-    layers = {node.name for node in trace.graph.nodes if node.op == "call_module" and "joint" not in node.meta}
+    layers = {node.name for node in trace.graph.nodes if node.op == "call_module"} - unpacked.keys()
     _rename(statements, parameters, reserved, layers)
     statements = [s for s in statements if not _is_self_assignment(s)]
     return _inline_return(statements)
@@ -220,15 +222,32 @@ def _get_module_path(node: ast.AST) -> list[str]:
     return []
 
 
-def _unpack_joint(statements: list[ast.stmt], joint: Mapping[str, int]) -> list[ast.stmt]:
-    """Write `a, b = self.se(a, b)` for the result of a block over several maps and the items taken from it."""
+def _find_unpacked(graph: fx.Graph) -> dict[str, int]:
+    """Find the results that the code took apart and whose items follow, all of them; give how many there are."""
+    found = {}
+    for node in graph.nodes:
+        num = node.meta.get("unpacked", 0)
+        following = list(itertools.islice(_follow(node), num))
+        items = [(operator.getitem, (node, i)) for i in range(num)]
+        if num and [(x.target, x.args) for x in following] == items and len(node.users) == num:
+            found[node.name] = num
+    return found
+
+
+def _follow(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
+
+
+def _unpack(statements: list[ast.stmt], unpacked: Mapping[str, int]) -> list[ast.stmt]:
+    """Write `a, b = self.se(a, b)` for a result and the items taken from it."""
     rest = iter(statements)
     written = []
     for statement in rest:
         targets = _get_targets(statement)
-        if targets and targets[0] in joint:
+        if targets and targets[0] in unpacked:
             assert isinstance(statement, ast.Assign)
-            items = [_get_targets(next(rest))[0] for _ in range(joint[targets[0]])]
+            items = [_get_targets(next(rest))[0] for _ in range(unpacked[targets[0]])]
             statement.targets = [ast.Tuple([ast.Name(item, ast.Store()) for item in items], ast.Store())]
         written.append(statement)
     return written
@@ -327,7 +346,8 @@ def _choose_names(variables: Mapping[str, _Variable], reserved: set[str], layers
     chosen: list[_Variable] = []
     for variable in {id(v): v for v in variables.values()}.values():
         if not variable.name:
-            base = _find_common_name([v for v in variable.values if v in layers] or variable.values)
+            telling = [v for v in variable.values if v in layers] or variable.values
+            base = _find_common_name([v for v in telling if not v.startswith("getitem")])
             options = (base if i == 1 else f"{base}_{i}" for i in range(1, len(variables) + 2))
             overlapping = {v.name for v in chosen if v.start <= variable.end and variable.start <= v.end}
             variable.name = next(name for name in options if name not in overlapping | reserved)

@@ -114,7 +114,7 @@ def _find_child(owner: nn.Module, node: fx.Node) -> nn.Module | None:
 
 def _take_activation(owner: nn.Module, graph: fx.Graph, node: fx.Node) -> Activation:
     readers = list(node.users)
-    if len(readers) != 1 or "joint" in node.meta or not isinstance(node.meta["value"], Tensor):
+    if len(readers) != 1 or not isinstance(node.meta.get("value"), Tensor):  # a joint block has several
         return ""
     [reader] = readers
     if reader.op == "call_module":

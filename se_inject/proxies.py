@@ -10,6 +10,7 @@ import dis
 import functools
 import inspect
 import operator
+from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ from torch.fx.proxy import Attribute
 
 if TYPE_CHECKING:
     from se_inject.recording import ShallowTracer
+
+
+_UNPACK = dis.opmap["UNPACK_SEQUENCE"]
 
 
 class ValueProxy(fx.Proxy):
@@ -55,6 +59,15 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         self.tracer.note_length(self.node)
         return len(self.node.meta["value"])
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = inspect.currentframe()
+        asking = frame.f_back if frame else None
+        # `a, b = x` says itself how many there are
+        is_unpacked = asking is not None and asking.f_code.co_code[asking.f_lasti] == _UNPACK
+        if not is_unpacked:
+            self.tracer.note_length(self.node)
+        return self.tracer.iter(self)
 
     def __index__(self) -> int:
         self.tracer.note_condition(self.node)

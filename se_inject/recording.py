@@ -189,8 +189,9 @@ class ShallowTracer(fx.Tracer):
     def iter(self, obj: Any) -> Iterator[Any]:
         """Go through a tuple, or through the first dimension of a tensor."""
         value = obj.node.meta["value"]
-        self.note_length(obj.node)
         is_text = not isinstance(value, Tensor) and any(isinstance(item, str) for item in value)
+        if not isinstance(value, Tensor):
+            obj.node.meta["unpacked"] = len(value)
         return iter([self.tell_text(v) if is_text and isinstance(v, str) else obj[i] for i, v in enumerate(value)])
 
     def tell_text(self, text: str) -> str:

@@ -245,7 +245,7 @@ def _insert_block(graph: fx.Graph, name: str, place: Place) -> None:
         operations[-1].prepend(operation)  # the additions of a chain wait until every branch has been gated
     with graph.inserting_before(operations[0]):
         block = graph.call_module(name, tuple(sources))
-        block.meta["joint"] = len(sources)
+        block.meta["unpacked"] = len(sources)
         gated = [_take_item(graph, block, i, source) for i, source in enumerate(sources)]
     for source, consumers, item in zip(sources, readers, gated, strict=True):
         for consumer in consumers:

@@ -2,8 +2,9 @@ import inspect
 
 import pytest
 import torch
+from torch import nn
 
-from se_inject import inject
+from se_inject import inject, optimize
 from tests import nets
 
 
@@ -40,6 +41,46 @@ def test_branches_of_a_concatenation_keep_their_names():
 
 def test_layers_in_containers_are_indexed():
     assert "layers_0 = self.layers[0]([x])" in source(nets.Dense())
+
+
+class Triple(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.layer(x), x * 2, x.mean()
+
+
+@pytest.mark.parametrize(
+    ("taken", "is_unpacked"),
+    [
+        ("a, b, c = self.triple(x)", True),
+        ("a, b, _ = self.triple(x); c = 2", False),  # what is not used is not taken
+        ("t = self.triple(x); a, b, c = t[0], t[1], t[2]", False),  # there may be more at another time
+    ],
+)
+def test_what_the_code_takes_apart_is_taken_apart(taken, is_unpacked):
+    names = {"nn": nn, "Triple": Triple}
+    exec(
+        "class Taking(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.triple, self.branch = Triple(), nn.Conv2d(16, 16, 1)\n"
+        "    def forward(self, x):\n"
+        f"        {taken}\n"
+        "        return a * c + self.branch(b)\n",
+        names,
+    )
+    [call] = [line for line in source(names["Taking"]()).splitlines() if "self.triple" in line]
+    assert call.split("=")[0].count(",") == (2 if is_unpacked else 0)
+
+
+def test_a_joint_block_is_written_as_before_when_it_is_optimized():
+    model = inject(nets.Fire().eval(), example=torch.zeros(2, 16, 8, 8))
+    fast = optimize(model, torch.zeros(2, 16, 8, 8))
+    [unpacking] = [line for line in inspect.getsource(type(model)).splitlines() if "self.se(" in line]
+    assert unpacking in inspect.getsource(type(fast)).splitlines()
 
 
 def test_slices_are_written_as_slices():

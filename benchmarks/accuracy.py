@@ -43,7 +43,8 @@ from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
 from se_inject.errors import OptionError
 from se_inject.places import Kind
-from se_inject.recipe import DEFAULT_RECIPE, Recipe, read_recipe
+from se_inject.recipe import Recipe
+from se_inject.recipe_files import DEFAULT_RECIPE, read_recipe
 from se_inject.world import join_world
 
 _FOLDER = Path(__file__).parent / "results"

@@ -26,7 +26,7 @@ from benchmarks.setting import describe_setting
 from se_inject.calibration import calibrate
 from se_inject.contents import count_images
 from se_inject.loaders import TrainLoader
-from se_inject.recipe import read_recipe
+from se_inject.recipe_files import read_recipe
 from se_inject.tasks import autocast
 from se_inject.world import World
 

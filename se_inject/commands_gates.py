@@ -54,7 +54,7 @@ def run_search(
     from se_inject.datasets import open_data
     from se_inject.files import check_target, write_whole
     from se_inject.reading import seed_all
-    from se_inject.recipe import read_recipe
+    from se_inject.recipe_files import read_recipe
     from se_inject.search import search
     from se_inject.start import prepare_start
     from se_inject.world import stay_alone

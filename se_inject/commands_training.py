@@ -61,7 +61,7 @@ def run_finetune(
     """Fine-tune a network on your images; a network without blocks is injected first."""
     from se_inject.experiment import Request
     from se_inject.finetune import finetune
-    from se_inject.recipe import read_recipe
+    from se_inject.recipe_files import read_recipe
     from se_inject.world import join_world
 
     overrides = [*(settings or ()), *([] if epochs is None else [f"epochs={epochs}"])]

@@ -20,7 +20,9 @@ from se_inject.comparison import CONTROL, SE, Result, compare
 from se_inject.errors import ArtifactError
 from se_inject.experiment import RECIPE, RESULT
 from se_inject.files import read_values
-from se_inject.recipe import Recipe, list_recipes, make_recipe, read_recipe
+from se_inject.recipe import Recipe
+from se_inject.recipe_files import list_recipes, read_recipe
+from se_inject.recipe_values import make_recipe
 
 
 @dataclass(frozen=True)

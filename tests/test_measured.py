@@ -11,7 +11,7 @@ from se_inject import blocks, inject, load, save, save_folder
 from se_inject.comparison import Result
 from se_inject.errors import ArtifactError
 from se_inject.measured import read_run
-from se_inject.recipe import read_recipe
+from se_inject.recipe_files import read_recipe
 from tests import nets
 from tests.digits import write_digits
 from tests.test_cli import run  # noqa: F401

@@ -4,7 +4,9 @@ import pytest
 import yaml
 
 from se_inject.errors import RecipeError
-from se_inject.recipe import Recipe, list_recipes, make_recipe, read_recipe
+from se_inject.recipe import Recipe
+from se_inject.recipe_files import list_recipes, read_recipe
+from se_inject.recipe_values import make_recipe
 
 
 @pytest.mark.parametrize("name", ["short", "se_only", "full", "distill", "cifar"])

@@ -14,7 +14,7 @@ from se_inject.budget import Budget, spend
 from se_inject.datasets import open_data
 from se_inject.errors import DataError, ModelError, OptionError
 from se_inject.plan import Plan
-from se_inject.recipe import read_recipe
+from se_inject.recipe_files import read_recipe
 from se_inject.rewrite import get_plan
 from se_inject.search import search
 from se_inject.start import prepare_start

@@ -18,7 +18,8 @@ from se_inject.datasets import open_data
 from se_inject.errors import ArtifactError, DataError, OptionError, TrainingError
 from se_inject.formats import InputFormat
 from se_inject.loaders import EvalLoader, TrainLoader
-from se_inject.recipe import Recipe, read_recipe
+from se_inject.recipe import Recipe
+from se_inject.recipe_files import read_recipe
 from se_inject.runlog import CURVES, METRICS, RunLog, draw_curves, read_metrics
 from se_inject.scores import evaluate
 from se_inject.signals import Signals

@@ -21,6 +21,8 @@ _POSITIVE = ("epochs", "batch_size", "temperature", "checkpoint_minutes")
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")
 _BELOW_ONE = {"ema": "the average never moves", "smoothing": "no label is left"}
 _AT_MOST = {"epochs": 1_000_000, "seed": 2**31 - 1, "workers": 1024}
+_MOST = 1_000_000_000
+"""Of all other numbers: torch cannot hand on what is too large for a tensor's type."""
 
 
 def make_recipe(values: Mapping[str, Any], *, origin: str = "the recipe", problems: Sequence[str] = ()) -> Recipe:
@@ -96,9 +98,10 @@ def _find_unusable(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, what in _BELOW_ONE.items():
         if values.get(key) == 1:
             yield key, f"a number below 1; at 1 {what}"
-    for key, most in _AT_MOST.items():
-        if values.get(key, 0) > most:
-            yield key, f"a number of at most {most:,}"
+    for key, value in values.items():
+        largest, what = (max(value), "numbers") if isinstance(value, tuple) else (value, "a number")
+        if isinstance(largest, (int, float)) and largest > (most := _AT_MOST.get(key, _MOST)):
+            yield key, f"{what} of at most {most:,}"
     if values.get("batch_size", 2) % 2 and (values.get("mixup") or values.get("cutmix")):
         yield "batch_size", "an even number with mixup or cutmix, which mix pairs"
     if values.get("auto_augment") and not _knows_augmentation(values["auto_augment"]):

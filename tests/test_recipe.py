@@ -67,6 +67,9 @@ def test_all_that_is_wrong_is_listed_at_once(tmp_path):
         ("lr: true\n", "lr is True; expected a number"),
         ("lr: -1\n", "lr is -1.0; expected a number of at least 0"),
         ("seed: null\n", "seed is None; expected a number"),
+        ("lr: 1e300\n", r"lr is 1e\+300; expected a number of at most 1,000,000,000"),
+        ("ratio: [1, 1e20]\n", r"ratio is \(1.0, 1e\+20\); expected numbers of at most 1,000,000,000"),
+        ("epochs: 1e7\n", "epochs is 10000000.0; expected a number of at most 1,000,000"),
     ],
 )
 def test_a_file_that_is_no_recipe_gets_one_line(tmp_path, text, message):

@@ -26,10 +26,14 @@ def find_mode_read(owner: nn.Module, method: Callable[..., Any]) -> str:
     return "its code asks for a mode other than by a plain `self.training`" if asks else ""
 
 
-def find_identity(owner: nn.Module, method: Callable[..., Any]) -> str:
-    """Find code that asks whether something is None, or another object, which a proxy is not."""
-    asks = _executes(owner, method, lambda name: name == "IS_OP" or "NONE" in name)
-    return "its code may ask whether what a child returns is None" if asks else ""
+def asks_identity(owner: nn.Module, method: Callable[..., Any]) -> bool:
+    """Tell whether code asks whether something is None, or another object, which a proxy is not."""
+    return _executes(owner, method, lambda name: name == "IS_OP" or "NONE" in name)
+
+
+def asks_identity_of_local(owner: nn.Module, method: Callable[..., Any]) -> bool:
+    """Tell whether code asks so of a variable, such as an argument; not of an attribute."""
+    return any(map(_asks_local, _walk_functions(type(owner), method)))
 
 
 def find_class_read(owner: nn.Module, method: Callable[..., Any]) -> str:
@@ -125,6 +129,16 @@ def _asks_oddly(function: FunctionType) -> bool:
             compared = any(later.opname in ("IS_OP", "COMPARE_OP") for later in instructions[i + 1 : i + 3])
             if not _reads_first(function, instructions[i - 1]) or compared:
                 return True
+    return False
+
+
+def _asks_local(function: FunctionType) -> bool:
+    instructions = _list_instructions(function.__code__)
+    for i, instruction in enumerate(instructions):
+        later = [each for each in instructions[i + 1 : i + 3] if each.opname != "LOAD_CONST"]
+        is_asked = bool(later) and (later[0].opname == "IS_OP" or "NONE" in later[0].opname)
+        if is_asked and instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")):
+            return True
     return False
 
 

@@ -38,6 +38,8 @@ class ValueProxy(fx.Proxy):
         if asking is None or not isinstance(value, (Tensor, tuple, list, dict)) or not _is_asked_by_python(asking):
             return ValueProxy
         if isinstance(value, Tensor):
+            if self.node in self.tracer.optional:
+                self.tracer.note_condition(self.node)
             return torch.Tensor
         if asking.f_globals.get("__name__", "").startswith(("torch.", "se_inject.")):
             return ValueProxy  # torch.fx goes through containers, and this is one node

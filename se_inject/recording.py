@@ -51,6 +51,7 @@ class ShallowTracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.traced_func_name = method
         self.conditions: list[fx.Node] = []
+        self.optional: set[fx.Node] = set()  # arguments without which the code may have a way
         self.doubts: list[str] = []
         self._unknown: list[fx.Node] = []
         self.fixed: dict[str, object] = {}
@@ -222,6 +223,10 @@ class ShallowTracer(fx.Tracer):
             return self._handed[name]
         placeholder = self.create_proxy("placeholder", name, (), {})
         placeholder.node.meta.update(value=value, work=Work(), mutates=())
+        parameter = self.signature.parameters[name]
+        is_first = parameter is next(iter(self.signature.parameters.values()))
+        if not is_first or not (parameter.default is parameter.empty or _is_open(parameter.default)):
+            self.optional.add(placeholder.node)
         if _is_open(value):
             return placeholder
         if not all(map(_is_open, leaves)):

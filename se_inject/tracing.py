@@ -28,7 +28,14 @@ from se_inject.faithful import (
     kept_random_state,
     reads_mode,
 )
-from se_inject.instructions import find_class_read, find_global_write, find_handler, find_identity, find_mode_read
+from se_inject.instructions import (
+    asks_identity,
+    asks_identity_of_local,
+    find_class_read,
+    find_global_write,
+    find_handler,
+    find_mode_read,
+)
 from se_inject.readings import fix_numbers
 from se_inject.recording import ShallowTracer
 from se_inject.twin import Twin, apart, set_training
@@ -145,9 +152,12 @@ def _collect_doubts(tracer: ShallowTracer, graph: fx.Graph, owner: nn.Module, me
     """Note all that the graph would leave out."""
     returned = (n for n in graph.nodes if n.op == "call_module" or n.target is operator.getitem)
     has_none = any(n.meta.get("value", n) is None for n in returned)
-    asked = find_identity(owner, method) if has_none else ""  # of a proxy, which is not None
+    if has_none and asks_identity(owner, method):  # a proxy is never None
+        tracer.doubts.append("its code may ask whether what a child returns is None")
+    if tracer.optional and asks_identity_of_local(owner, method):
+        tracer.doubts.append("its code may ask whether an argument is None")
     found = (find(owner, method) for find in (find_mode_read, find_class_read, find_global_write, find_handler))
-    tracer.doubts += filter(None, (find_condition(tracer.conditions), asked, *found))
+    tracer.doubts += filter(None, (find_condition(tracer.conditions), *found))
     if any(n.op == "get_attr" and str(n.target).startswith(CONSTANT) for n in graph.nodes):
         tracer.doubts.append("it makes a constant tensor while it runs")
 

@@ -314,3 +314,64 @@ def test_files_may_have_any_name(tmp_path, monkeypatch):
     assert "file_0.GAIN" in inspect.getsource(type(injected[1]))
     file.GAIN = 3.0
     assert_same_network(net, injected, torch.randn(X))
+
+
+class Masked(nets.Residual):
+    """Goes another way without a mask."""
+
+    def forward(self, x, mask):
+        y = self.branch(x)
+        if mask is not None:
+            y = torch.maximum(y, mask)
+        return x + y
+
+
+class Typed(nets.Residual):
+    def forward(self, x, mask):
+        y = self.branch(x)
+        return x + (torch.maximum(y, mask) if isinstance(mask, torch.Tensor) else y)
+
+
+class Elsewhere(nets.Residual):
+    def forward(self, x, mask):
+        y = self._mask(self.branch(x), mask)
+        return x + y
+
+    def _mask(self, y, values):
+        return y if values is None else torch.maximum(y, values)
+
+
+class Handing(nn.Module):
+    """Has a mask that may be left out."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.block = kind(16)
+
+    def forward(self, x, mask=None):
+        return self.block(x, mask)
+
+
+@pytest.mark.parametrize("kind", [Masked, Typed, Elsewhere])
+def test_an_argument_that_was_there_at_the_example_may_be_left_out(kind):
+    torch.manual_seed(0)
+    network, x, mask = Handing(kind).eval(), torch.randn(2, 16, 8, 8), torch.rand(2, 16, 8, 8)
+    injected = inject(network, r=4, example=(x, mask))
+    assert len(blocks(injected)) == 1
+    for given in ((x, mask), (x,)):
+        assert torch.equal(injected(*given), network(*given))
+    assert not torch.equal(network(x), network(x, mask))
+
+
+def test_code_that_asks_for_no_argument_stays_a_graph():
+    class Plain(nets.Residual):
+        attention = None
+
+        def forward(self, x, scale):
+            y = self.branch(x * scale)
+            if self.attention is not None:
+                y = self.attention(y)
+            return x + y
+
+    injected = inject(Handing(Plain).eval(), r=4, example=(torch.zeros(2, 16, 8, 8), torch.ones(1)))
+    assert "attention" not in inspect.getsource(type(injected.block))

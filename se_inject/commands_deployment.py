@@ -83,6 +83,8 @@ def run_export(
 
     target = out or Path("fast.pt2" if optimized else "model.pt2")
     check_deployment(target)
+    if dynamic_size and target.suffix in SUFFIXES:
+        raise OptionError(f"{target} holds the network for any size; --dynamic-size goes with programs (.pt2, .onnx)")
     if target.suffix in SUFFIXES and not optimized:
         _convert(open_model, target, input_size, as_json=as_json)
         return

@@ -32,7 +32,7 @@ class Fusion:
     convolution: str = ""
     scaled: str = ""
     activation: Activation = ""
-    overwrites: bool = False
+    makers: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done = f"runs `{self.convolution}`" if self.convolution else "gates its map"
@@ -61,9 +61,10 @@ def fuse_blocks(
             node = take_sum(graph, nodes[0], in_order=False)
             activation = _take_activation(owner, graph, node)
             maps = [x for x in node.args if isinstance(x, fx.Node)]
-            overwrites = all(set(x.users) == {node} and _is_fresh(owner, graph, x, keeping) for x in maps)
+            is_free = all(set(x.users) == {node} and _is_fresh(owner, graph, x, keeping) for x in maps)
+            makers = tuple(str(x.target) for x in maps) if is_free else ()
             fusion = _take_convolution(owner, graph, node, free)
-            fusions.append(replace(fusion, activation=activation, overwrites=overwrites))
+            fusions.append(replace(fusion, activation=activation, makers=() if fusion.convolution else makers))
     graph.lint()
     return fusions
 

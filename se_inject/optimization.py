@@ -33,6 +33,7 @@ from se_inject.generated import derive_class, has_method, is_narrower
 from se_inject.instructions import list_reads_elsewhere
 from se_inject.marks import OPTIMIZED, find_mark, mark_module
 from se_inject.probe import DATA_DEPENDENT, make_zeros
+from se_inject.reparameterization import refuse_merging
 from se_inject.rewrite import copy_model, find_plan, forget_values
 from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin, alone, apart, get_dtype, is_compiled, make_twin, set_training
@@ -133,6 +134,8 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: b
         add_biases(network, course.folds)
     surgeries = _prepare(twin, course)
     fold_norms(target, course.folds)
+    for fold in course.folds:
+        refuse_merging(target, fold.norm, "would merge norms that are folded", "optimize")
     for surgery in surgeries:
         surgery.perform(target, kernels=kernels)
     options = {"kernels": True} if kernels else {}
@@ -170,7 +173,7 @@ def _fuse(owner: nn.Module, fusion: Fusion, *, kernels: bool) -> None:
         convolution=cast("_ConvNd", copy.copy(owner.get_submodule(fusion.convolution))) if fusion.convolution else None,
         scaled=cast("_ConvNd", owner.get_submodule(fusion.scaled)) if fusion.scaled else None,
         activation=fusion.activation,
-        overwrites=fusion.overwrites,
+        makers=[owner.get_submodule(name) for name in fusion.makers],
         kernels=kernels,
     )
     owner.set_submodule(fusion.block, mark_block(fused))

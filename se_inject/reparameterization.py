@@ -25,10 +25,14 @@ class Refusal:
     Attributes:
         method: The method's name.
         owner: The class that has it.
+        why: What would happen.
+        what: What is to be done after it instead of before.
     """
 
     method: str
     owner: str
+    why: str = "would leave out an injected block"
+    what: str = "inject"
 
     def __call__(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse.
@@ -37,17 +41,22 @@ class Refusal:
             ModelError: Always.
         """
         raise ModelError(
-            f"{self.method} of {self.owner} would leave out an injected block; re-parameterise the network first, "
-            f"then inject"
+            f"{self.method} of {self.owner} {self.why}; re-parameterise the network first, then {self.what}"
         )
 
 
-def refuse_merging(model: nn.Module, path: str) -> None:
-    """Let the modules that hold a block refuse to be merged: its owner, and what stands around that."""
+def refuse_merging(model: nn.Module, path: str, *why: str) -> None:
+    """Let the modules that hold a block refuse to be merged: its owner, and what stands around that.
+
+    Args:
+        model: The network.
+        path: The owner's; or of a layer that is not what these methods expect any more.
+        why: The last fields of `Refusal`.
+    """
     for module in _iterate_around(model, path):
         for name in METHODS:
-            if callable(getattr(type(module), name, None)):
-                vars(module)[name] = Refusal(name, type(module).__name__)
+            if callable(getattr(type(module), name, None)) and not isinstance(vars(module).get(name), Refusal):
+                vars(module)[name] = Refusal(name, type(module).__name__, *why)
 
 
 def allow_merging(module: nn.Module) -> None:

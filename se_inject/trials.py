@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from se_inject.calls import Call
 from se_inject.errors import ExportError, OptionError
 from se_inject.examples import describe_shapes
+from se_inject.faithful import list_inside
 from se_inject.programs import Freedom, list_tensors
 from se_inject.twin import get_device, get_dtype
 
@@ -90,27 +91,35 @@ def compare_outputs(run: Callable[..., object], reference: nn.Module, trials: It
     """Compute the largest difference of outputs, relative to the largest output.
 
     Raises:
-        ExportError: It is above what rounding explains.
+        ExportError: It is above what rounding explains, or there is nothing to be compared.
     """
     tolerance = max(TOLERANCE, 8 * torch.finfo(get_dtype(reference)).eps)
     largest = 0.0
     for trial in trials:
-        found, expected = (
-            [x.cpu().double() for x in tree_leaves(run_call(model, trial)) if isinstance(x, Tensor)]
-            for model in (run, reference)
-        )
+        found, expected = (_list_outputs(run_call(model, trial)) for model in (run, reference))
+        given = f"on an input of {describe_shapes(trial)}"
+        if not any(x.isfinite().any() for x in expected) and (not expected or any(x.numel() for x in expected)):
+            raise ExportError(f"{type(reference).__name__} gives no numbers {given} that could be compared")
         are_alike = [x.shape for x in found] == [x.shape for x in expected]
-        difference = max(map(_measure, found, expected), default=0.0) if are_alike else float("inf")
+        difference = max(map(_measure, found, expected)) if are_alike else float("inf")
         if difference > tolerance:
-            raise ExportError(
-                f"outputs differ by {difference:.1g} of the largest on an input of {describe_shapes(trial)}"
-            )
+            raise ExportError(f"outputs differ by {difference:.1g} of the largest {given}")
         largest = max(largest, difference)
     return largest
 
 
+def _list_outputs(outputs: object) -> list[Tensor]:
+    """List the tensors of a network's outputs, in objects too, in double precision."""
+    leaves = ([leaf] if isinstance(leaf, Tensor) else list_inside([leaf]) for leaf in tree_leaves(outputs))
+    parts = (torch.view_as_real(x) if x.is_complex() else x for leaf in leaves for x in leaf)
+    return [x.detach().cpu().double() for x in parts]
+
+
 def _measure(found: Tensor, expected: Tensor) -> float:
-    if not expected.numel():
+    """Measure the largest difference; what both give as the same infinity, or as no number, is the same."""
+    is_same = (found == expected) | (found.isnan() & expected.isnan())
+    if is_same.all():
         return 0.0
-    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
-    return float("inf") if difference.isnan() else difference.item()
+    difference = (found - expected)[~is_same].abs().max()
+    largest = expected.where(expected.isfinite(), 0).abs().max().clamp_min(1e-30)
+    return float("inf") if difference.isnan() else (difference / largest).item()

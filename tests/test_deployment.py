@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -17,8 +18,10 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 from se_inject import blocks, deployment, inject, load, optimize, save
+from se_inject.calls import Call
 from se_inject.deployment import deploy
 from se_inject.errors import ArtifactError, ExampleError, ExportError, ModelError, OptionError
+from se_inject.trials import compare_outputs
 from tests import nets
 from tests.test_cli import failure, run  # noqa: F401
 from tests.test_optimization import Bottleneck, train_a_little
@@ -370,6 +373,54 @@ def test_what_does_something_else_is_not_written(suffix, resnet, tmp_path, monke
     with pytest.raises(ExportError, match=r"outputs differ by .* of the largest on an input of shape \("):
         deploy(resnet, tmp_path / f"fast{suffix}", optimized=True)
     assert not list(tmp_path.iterdir())
+
+
+class Wrapped(nn.Module):
+    """Gives its scores in an object that torch's pytrees do not know, or changed."""
+
+    def __init__(self, change=lambda y: SimpleNamespace(scores=y)):
+        super().__init__()
+        self.body, self.change = Bottleneck(), change
+
+    def forward(self, x):
+        return self.change(self.body(x))
+
+
+def test_outputs_in_objects_are_compared_too():
+    x = Call((torch.randn(2, 16, 8, 8),), {})
+    net = Wrapped().eval()
+    other = copy.deepcopy(net)
+    assert compare_outputs(other, net, [x]) == 0
+    next(other.parameters()).data *= 1.1
+    with pytest.raises(ExportError, match="outputs differ by"):
+        compare_outputs(other, net, [x])
+
+
+def test_the_imaginary_part_is_compared_too():
+    x = Call((torch.randn(2, 16, 8, 8),), {})
+    net, other = Wrapped(lambda y: torch.complex(y, y)).eval(), Wrapped(lambda y: torch.complex(y, 2 * y)).eval()
+    other.body = net.body
+    with pytest.raises(ExportError, match="outputs differ by"):
+        compare_outputs(other, net, [x])
+
+
+def test_what_is_infinite_or_no_number_in_both_is_the_same():
+    def mask(value):
+        return Wrapped(lambda y: y.masked_fill(torch.arange(y.shape[1])[:, None, None] == 3, value)).eval()
+
+    x = Call((torch.randn(2, 16, 8, 8),), {})
+    net, other, third = mask(-torch.inf), mask(-torch.inf), mask(torch.inf)
+    other.body = third.body = net.body
+    assert compare_outputs(other, net, [x]) == 0
+    with pytest.raises(ExportError, match="outputs differ by inf"):
+        compare_outputs(third, net, [x])
+
+
+@pytest.mark.parametrize("change", [lambda y: y * torch.nan, lambda y: 1.0])
+def test_a_network_that_gives_no_numbers_is_not_compared(change):
+    net = Wrapped(change).eval()
+    with pytest.raises(ExportError, match=r"Wrapped gives no numbers on an input of shape .* that could be compared"):
+        compare_outputs(net, net, [Call((torch.randn(2, 16, 8, 8),), {})])
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])

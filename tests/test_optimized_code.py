@@ -1,5 +1,6 @@
 """Whatever the code of a network does beside running its layers: `optimize` goes by it, or leaves them as they are."""
 
+import copy
 import io
 from types import SimpleNamespace
 
@@ -8,8 +9,9 @@ import pytest
 import timm
 import torch
 import torchvision
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from se_inject import (
     blocks,
@@ -529,3 +531,74 @@ def test_a_network_that_casts_its_maps_can_be_converted(kind):
         found = model(x.to(kind))
         assert found.dtype == kind
         torch.testing.assert_close(found.float(), expected, rtol=0.03, atol=0.03)
+
+
+class Basic(nn.Module):
+    """Its maps come from convolutions of 3x3, which stay where they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.bn = conv(3, 16), conv(16, 16, 3), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return torch.relu(x + self.bn(self.conv(x)))
+
+
+def optimize_basic():
+    net = inject(Basic().eval(), example=torch.zeros(X))
+    train_a_little(net)
+    fast = optimize(net, torch.zeros(X))
+    assert len([module for module in fast.modules() if isinstance(module, FusedSqueezeExcite)]) == 1
+    return net, fast
+
+
+def test_a_map_that_a_later_hook_looks_at_is_not_written_on():
+    _, fast = optimize_basic()
+    x = torch.randn(X)
+    with torch.no_grad():
+        expected = fast(x)
+        seen = []
+        fast.conv.register_forward_hook(lambda module, args, output: seen.extend((output, output.clone())))
+        assert torch.equal(fast(x), expected)
+    assert torch.equal(*seen)
+
+
+def test_a_network_without_hooks_writes_on_its_maps():
+    _, fast = optimize_basic()
+    seen = []
+
+    def look(module, args):
+        seen.extend((args[0], args[0].clone()))
+
+    fast.se.register_forward_pre_hook(look)  # on the block itself, which is handed its map before it writes
+    with torch.no_grad():
+        fast(torch.randn(X))
+    assert not torch.equal(*seen)
+
+
+def test_a_copy_looks_for_hooks_on_its_own_layers():
+    _, fast = optimize_basic()
+    buffer = io.BytesIO()
+    torch.save(fast, buffer)
+    buffer.seek(0)
+    for copied in (copy.deepcopy(fast), torch.load(buffer, weights_only=False)):
+        seen = []
+        copied.conv.register_forward_hook(lambda module, args, output, seen=seen: seen.extend((output, output.clone())))
+        with torch.no_grad():
+            copied(torch.randn(X))
+        assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+def test_torch_fx_traces_an_optimized_network(has_gradients):
+    _, fast = optimize_basic()
+    x = torch.randn(X)
+    with torch.set_grad_enabled(has_gradients):
+        traced = fx.symbolic_trace(fast)
+        features = create_feature_extractor(fast, ["conv"])(x)["conv"]
+        assert torch.equal(traced(x), fast(x))
+        assert torch.equal(features, fast.conv(fast.stem(x)))
+    x.requires_grad_()
+    traced(x).sum().backward()
+    assert bool(x.grad.any())

@@ -273,3 +273,6 @@ def test_an_artifact_is_written_in_another_format_with_the_same_bits(run, model,
     assert torch.equal(load("third" + Path(first).suffix)(x), model(x))
     assert "would hold the same network again" in failure(run("export", first, "--out", "copy" + Path(first).suffix))
     assert "--input-size goes with programs" in failure(run("export", first, "--out", second, "--input-size", "64"))
+    for options in ((), ("--optimize",)):
+        message = failure(run("export", first, "--out", second, "--dynamic-size", *options))
+        assert "--dynamic-size goes with programs" in message

@@ -2,9 +2,11 @@ import copy
 import pickle
 
 import pytest
+import timm
+import torch
 from torch import nn
 
-from se_inject import eject, inject
+from se_inject import eject, inject, optimize
 from se_inject.errors import ModelError
 from tests import nets
 
@@ -66,3 +68,15 @@ def test_a_root_that_owns_a_block_refuses():
 
     with pytest.raises(ModelError, match="fuse of SENet would leave out"):
         inject(Net()).fuse()
+
+
+@pytest.mark.parametrize("is_injected", [True, False])
+def test_an_optimized_network_says_that_it_cannot_be_merged(is_injected):
+    net = timm.create_model("repvgg_a0").eval()
+    if is_injected:
+        net = inject(net, at=["fusion"], example=torch.zeros(1, 3, 64, 64))
+    fast = optimize(net, torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ModelError, match="re-parameterise the network first, then (optimize|inject)$"):
+        timm.utils.reparameterize_model(fast)
+    first = optimize(timm.utils.reparameterize_model(timm.create_model("repvgg_a0").eval()), torch.zeros(1, 3, 64, 64))
+    assert first(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)

@@ -148,9 +148,11 @@ def read_options(
     exclude: Exclude = None,
     plan: PlanFile = None,
 ) -> dict[str, Any]:
-    """Read the options of a plan, as `inject` takes them."""
-    options = {
-        "r": _read_ratios(r),
+    """Read the options of a plan, as `inject` takes them; those that are its defaults are left out."""
+    from se_inject.rewrite import inject
+
+    values = {
+        "r": _read_ratios(r) if r else 16,
         "divisor": divisor,
         "bias": bias,
         "squeeze": squeeze,
@@ -158,16 +160,18 @@ def read_options(
         "block": block,
         "placement": placement,
         "concat": concat,
-        "at": [kind.strip() for kind in at.split(",") if kind.strip()],
+        "at": tuple(kind.strip() for kind in at.split(",") if kind.strip()),
         "stages": _read_stages(stages),
         "skip_last_stage": skip_last_stage,
-        "include": include or (),
-        "exclude": exclude or (),
+        "include": tuple(include or ()),
+        "exclude": tuple(exclude or ()),
     }
+    parameters = inspect.signature(inject).parameters
+    options = {name: value for name, value in values.items() if value != parameters[name].default}
     if plan is None:
         return options
-    if given := [name for name, value in options.items() if value != read_options()[name]]:
-        name = given[0].replace("_", "-")
+    if options:
+        name = next(iter(options)).replace("_", "-")
         raise OptionError(f"--plan holds all options already; leave out --{name}, or --plan")
     return {"plan": _read_plan(plan)}
 
@@ -288,10 +292,10 @@ def _read_plan(path: Path) -> Any:
         raise PlanError(f"{path} cannot be read as a plan: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
+def _read_ratios(values: list[str]) -> Mapping[str, float]:
     """Read `16` and `layer4.*=32`; what is for all comes first, so that a pattern counts over it."""
     ratios: dict[str, float] = {"*": 16.0}
-    for value in values or ():
+    for value in values:
         pattern, _, number = value.rpartition("=")
         try:
             ratios[pattern or "*"] = float(number)
@@ -302,8 +306,8 @@ def _read_ratios(values: list[str] | None) -> Mapping[str, float]:
     return ratios
 
 
-def _read_stages(value: str) -> list[int]:
+def _read_stages(value: str) -> tuple[int, ...]:
     try:
-        return [int(stage) for stage in value.split(",") if stage.strip()]
+        return tuple(int(stage) for stage in value.split(",") if stage.strip())
     except ValueError:
         raise OptionError(f"--stages is {value!r}; expected numbers, as in 2,3,4") from None

@@ -64,19 +64,17 @@ def run_plan(
     from se_inject.costs import compare_costs
     from se_inject.files import check_target
     from se_inject.picture import SVG, draw_network
-    from se_inject.rewrite import find_plan, get_plan, inject
+    from se_inject.rewrite import get_plan
+    from se_inject.start import inject_once
 
     options = read_options()
     if graph is not None:
         check_target(graph, (SVG,))
     network, source = open_model()
-    if "plan" in options:
-        network = inject(network, inplace=True, **options)
+    network = inject_once(network, options, inplace=True)  # an artifact shows the plan that it was made with
     if graph is not None:
-        draw_network(network, graph, **({} if "plan" in options else options))
+        draw_network(network, graph)
         console.talk(f"wrote {graph}")
-    if find_plan(network) is None:  # an artifact shows the plan that it was made with
-        network = inject(network, inplace=True, **options)
     plan = get_plan(network)
     before, after = compare_costs(network, plan)
     if as_json:

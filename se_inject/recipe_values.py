@@ -21,7 +21,7 @@ _POSITIVE = ("epochs", "batch_size", "temperature", "checkpoint_minutes")
 _SHARES = ("gates_share", "warmup_share", "min_lr_share", "smoothing", "distill", "hflip", "vflip", "erase", "ema")
 _BELOW_ONE = {"ema": "the average never moves", "smoothing": "no label is left"}
 _AT_MOST = {"epochs": 1_000_000, "seed": 2**31 - 1, "workers": 1024}
-_MOST = 1_000_000_000
+_MOST = 1e38
 """Of all other numbers: torch cannot hand on what is too large for a tensor's type."""
 
 

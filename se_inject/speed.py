@@ -21,7 +21,8 @@ from se_inject.calls import Entry, decode_call
 from se_inject.ejection import eject
 from se_inject.errors import ExampleError, get_first_line
 from se_inject.optimization import optimize
-from se_inject.rewrite import find_plan, get_plan, inject
+from se_inject.rewrite import get_plan
+from se_inject.start import inject_once
 from se_inject.timing import PLAIN, Conditions, Timing, cast_maps, make_run, take_timings
 from se_inject.traffic import ByteCounter, measure_traffic
 from se_inject.twin import make_twin
@@ -101,10 +102,11 @@ def measure_network(
 
     Raises:
         ModelError: The network is optimized, or cannot be injected.
+        OptionError: It has its blocks already, and options are given.
         EmptyPlanError: It has no place for a block.
         ExampleError: A network does not run on the input.
     """
-    injected = inject(network, **(options or {})) if find_plan(network) is None else network
+    injected = inject_once(network, options or {})
     networks = {PLAIN: eject(injected), "injected": injected, **(peers or {})}
     shape = _choose_shape(injected, conditions)
     before = torch.get_num_threads()

@@ -24,6 +24,7 @@ from se_inject.hazards import get_ancestors, get_descendants
 from se_inject.instructions import lists_children
 from se_inject.operations import is_map
 from se_inject.places import Place
+from se_inject.sums import get_storage, list_tensors
 from se_inject.tracing import Trace
 
 
@@ -91,7 +92,10 @@ def splice_method(owner: nn.Module, trace: Trace, blocks: Sequence[tuple[str, Pl
     splices = [(name, _find_splice(trace, place)) for name, place in blocks]
     found = [(name, splice, _find_expression(tree, splice, trace.doubt)) for name, splice in splices]
     for name, splice, expression in found:
-        _wrap(expression, name, splice, trace.doubt)
+        if isinstance(expression, ast.AugAssign) and splice.operands == (0,):
+            _gate_before(tree, expression, name, trace.doubt)
+        else:
+            _wrap(expression, name, splice, trace.doubt)
     tree.name, tree.args = trace.entry.method, _parse_parameters(trace)
     tree.decorator_list, tree.returns = [], None
     if ast.get_docstring(tree) is not None and len(tree.body) > 1:
@@ -190,13 +194,21 @@ def _find_splice(trace: Trace, place: Place) -> Splice:
         raise TraceError(trace.doubt)
     indices = tuple(given.index(x) for x in operands)
     is_side_by_side = indices == tuple(range(indices[0], indices[0] + len(indices)))
-    is_in_place = name in ("iadd", "add_", "__iadd__")
-    if not is_side_by_side or (not is_concat and len(indices) > 1) or (is_in_place and indices != (1,)):
+    is_overwritten = name in ("iadd", "add_", "__iadd__") and indices != (1,)
+    is_odd = not is_side_by_side or (not is_concat and len(indices) > 1)
+    if is_odd or (is_overwritten and (name != "iadd" or not _is_new(operands[0]))):
         raise TraceError(trace.doubt)
     consumer = place.edges[0].consumers[0]
     is_layer = operands[0].name == consumer and operands[0].op == "call_module" and len(operands[0].args) == 1
     layer = str(operands[0].target) if is_layer and len(operands) == 1 and not operands[0].kwargs else ""
     return Splice(expression, indices, len(given), layer)
+
+
+def _is_new(node: fx.Node) -> bool:
+    """Tell whether a child made a map that has one reader and a place of its own."""
+    before = {get_storage(x) for other in get_ancestors(node) - {node} for x in list_tensors(other)}
+    made = {get_storage(x) for x in list_tensors(node)}
+    return node.op == "call_module" and len(node.users) == 1 and not made & before
 
 
 def _get_layer_nodes(trace: Trace) -> list[fx.Node]:
@@ -225,8 +237,8 @@ def _wrap(expression: ast.AST, name: str, splice: Splice, doubt: str) -> None:
     [index, *_] = splice.operands
     block = f"self.{name}"
     if isinstance(expression, (ast.BinOp, ast.AugAssign)) and isinstance(expression.op, ast.Add):
-        key = ("left", "right") if isinstance(expression, ast.BinOp) else ("target", "value")
-        setattr(expression, key[index], _call(block, getattr(expression, key[index]), splice.layer))
+        key = "value" if isinstance(expression, ast.AugAssign) else ("left", "right")[index]
+        setattr(expression, key, _call(block, getattr(expression, key), splice.layer))
         return
     called = ast.unparse(expression.func) if isinstance(expression, ast.Call) else ""
     last = called.rpartition(".")[2]
@@ -236,13 +248,31 @@ def _wrap(expression: ast.AST, name: str, splice: Splice, doubt: str) -> None:
         expression.args[0] = _wrap_list(expression.args[0], block, splice, doubt)
     elif last in ADDITIONS and called == f"torch.{last}" and not _has_star(expression.args):
         expression.args[index] = _call(block, expression.args[index], splice.layer)
-    elif last in ADDITIONS and isinstance(expression.func, ast.Attribute) and not _has_star(expression.args):
+    elif last in ADDITIONS and isinstance(expression.func, ast.Attribute) and _is_single(expression.args):
         if index:
             expression.args[0] = _call(block, expression.args[0], splice.layer)
         else:
             expression.func.value = _call(block, expression.func.value, splice.layer)
     else:
         raise TraceError(doubt)
+
+
+def _gate_before(tree: ast.FunctionDef, statement: ast.AugAssign, name: str, doubt: str) -> None:
+    """Write `out = self.se(out)` before `out += x`, which writes on what the block gave then.
+
+    Nothing but this variable may hold the map: it was assigned right before, and not read since.
+    """
+    bodies = (body for node in ast.walk(tree) for body in vars(node).values() if isinstance(body, list))
+    body = next(body for body in bodies if statement in body)
+    place = body.index(statement)
+    variable = ast.unparse(statement.target)
+    naming = [s for s in body[:place] if any(isinstance(n, ast.Name) and n.id == variable for n in ast.walk(s))]
+    match naming[-1:]:
+        case [ast.Assign(targets=[ast.Name(id=name_made)], value=ast.Call())] if name_made == variable:
+            pass
+        case _:
+            raise TraceError(doubt)
+    body[place:place] = ast.parse(f"{variable} = self.{name}({variable})").body
 
 
 def _wrap_list(maps: ast.expr, block: str, splice: Splice, doubt: str) -> ast.expr:
@@ -266,6 +296,10 @@ def _wrap_list(maps: ast.expr, block: str, splice: Splice, doubt: str) -> ast.ex
     before = f"*{text}[:{start}], " if start else ""
     after = f", *{text}[{stop}:]" if stop < splice.num_operands else ""
     return _parse_expression(f"[{before}{gated_text}{after}]")
+
+
+def _is_single(items: Sequence[ast.expr]) -> bool:
+    return len(items) == 1 and not _has_star(items)
 
 
 def _has_star(items: Iterable[ast.expr]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.errors import DataError, SourceError
+from se_inject.errors import DataError, OptionError, SourceError
 from se_inject.formats import InputFormat, check_input_size, read_format
 from se_inject.heads import count_channels, count_outputs, replace_head
 from se_inject.images import read_size
@@ -64,14 +64,13 @@ def prepare_start(
         DataError: The network is no classifier, or its classifier cannot be replaced.
         SourceError: The artifact could not be built again with another number of classes.
         EmptyPlanError: The network has no place for a block.
-        OptionError: The input size is below 1.
+        OptionError: The input size is below 1, or the network has its blocks already and options of `inject` are given.
     """
     check_input_size(input_size)
-    if find_plan(model) is None:
-        example = None
-        if input_size is not None and "plan" not in options:  # a plan has the input that it was made for
-            example = torch.zeros(2, count_channels(model), input_size, input_size)
-        model = inject(model, inplace=True, example=example, **options)
+    example = None
+    if input_size is not None and "plan" not in options and find_plan(model) is None:
+        example = torch.zeros(2, count_channels(model), input_size, input_size)  # a plan has one of its own
+    model = inject_once(model, options, example=example, inplace=True)
     form = read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)
     fresh: frozenset[str] = frozenset()
@@ -94,6 +93,32 @@ def prepare_start(
         kept = () if num_classes else source.classes
         source = replace(source, preprocess=form.to_preprocess(), classes=tuple(classes) or kept)
     return Start(model, source, form, num_classes or num_outputs, fresh)
+
+
+def inject_once(
+    model: nn.Module, options: Mapping[str, Any], *, example: object = None, inplace: bool = False
+) -> nn.Module:
+    """Inject where that has not been done.
+
+    Args:
+        model: With blocks or without.
+        options: Of `inject`; there must be none where the network has its blocks.
+        example: Likewise of `inject`.
+        inplace: Likewise.
+
+    Raises:
+        OptionError: The network has its blocks already, and options are given.
+        EmptyPlanError: The network has no place for a block.
+    """
+    if find_plan(model) is None:
+        return inject(model, example=example, inplace=inplace, **options)
+    if options:
+        given = next(iter(options)).replace("_", "-")
+        raise OptionError(
+            f"{type(model).__name__} has its blocks already, in which --{given} has no part; leave it out, or give the "
+            f"network without blocks"
+        )
+    return model
 
 
 def read_model_format(model: nn.Module, source: Source | None, input_size: int | None) -> InputFormat:

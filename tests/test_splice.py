@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import inspect
+import operator
 import pickle
 import sys
 import threading
@@ -94,7 +95,18 @@ class AllListed(Sized):
         return torch.cat(maps, dim=1)
 
 
+class Overwritten(Sized):
+    """The branch is on the left, and the sum is written over it."""
+
+    def forward(self, x):
+        x = self.prepare(x)
+        out = self.branch(x)
+        out += x
+        return out
+
+
 WRITTEN = {
+    Overwritten: "        out = self.se(out)\n        out += x",
     Dropped: "x + self.drop_path(self.se(self.branch(x)))",
     Added: "out += self.se(self.branch(self.prepare(x)))",
     Method: "self.prepare(x).add(self.se(self.branch(x)))",
@@ -133,13 +145,50 @@ def test_spliced_code_compiles_in_one_graph():
         assert torch.equal(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
 
 
-class Overwritten(Sized):
-    """The branch is on the left, and the sum is written over it."""
+class Kept(Sized):
+    """The map that is written over has another name."""
 
     def forward(self, x):
         out = self.branch(self.prepare(x))
+        kept = out
+        out += x
+        return kept
+
+
+class Twice(Sized):
+    def forward(self, x):
+        out = kept = self.branch(self.prepare(x))
+        out += x
+        return kept
+
+
+class Held(Sized):
+    def forward(self, x):
+        out = self.branch(self.prepare(x))
+        kept = [out]
+        out += x
+        return kept[0]
+
+
+class Sometimes(Sized):
+    def forward(self, x):
+        out = self.prepare(x)
+        if x.shape[2] > 4:
+            out = self.branch(out)
         out += x
         return out
+
+
+class Mutated(Sized):
+    def forward(self, x):
+        out = self.branch(self.prepare(x))
+        out.add_(x)
+        return out
+
+
+class Function(Sized):
+    def forward(self, x):
+        return operator.add(self.prepare(x), self.branch(x))
 
 
 class Helped(Sized):
@@ -181,7 +230,10 @@ class Other(Sized):
         return x + this.branch(this.prepare(x))
 
 
-@pytest.mark.parametrize("kind", [Overwritten, Helped, Summed, Apart, Super, Mangled, Other], ids=lambda k: k.__name__)
+REFUSED = [Kept, Twice, Held, Sometimes, Mutated, Function, Helped, Summed, Apart, Super, Mangled, Other]
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=lambda k: k.__name__)
 def test_a_merge_without_room_for_a_block_is_passed_over(kind):
     plan = make_plan(nn.Sequential(nets.conv(3, 16), kind(), nets.Residual(48 if kind is Apart else 16)))
     assert [site.owner for site in plan.sites] == ["2"]
@@ -361,6 +413,27 @@ def test_an_argument_that_was_there_at_the_example_may_be_left_out(kind):
     for given in ((x, mask), (x,)):
         assert torch.equal(injected(*given), network(*given))
     assert not torch.equal(network(x), network(x, mask))
+
+
+class Given(nets.Residual):
+    """As DLA's blocks."""
+
+    def forward(self, x, shortcut=None):
+        if shortcut is None:
+            shortcut = x
+        out = self.branch(x)
+        out += shortcut
+        return out
+
+
+def test_a_block_stands_before_a_sum_that_is_written_on_its_map():
+    torch.manual_seed(0)
+    network, x = Given(16).eval(), torch.randn(2, 16, 8, 8)
+    injected = inject(network, r=4, example=(x, x))
+    text = inspect.getsource(type(injected))
+    assert "        out = self.se(out)\n        out += shortcut\n" in text
+    for given in ((x,), (x, torch.randn_like(x))):
+        assert torch.equal(injected(*given), network(*given))
 
 
 def test_code_that_asks_for_no_argument_stays_a_graph():

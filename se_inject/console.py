@@ -186,7 +186,7 @@ def show_passes(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 def print_search(found: Found, out: Path) -> None:
     """Print what a search found: each site with what it costs and brings, and what was spent."""
-    unit = {"parameters": "parameters", "latency": "ms a batch"}[found.resource]
+    unit = {"parameters": "parameters", "latency": f"ms for {found.batch_size} images"}[found.resource]
     form = "{:,.0f}" if found.resource == "parameters" else "{:.3f}"
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("block", unit, "gradient", "loss without it", ""):

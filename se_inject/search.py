@@ -26,7 +26,7 @@ from se_inject.calibration import calibrate
 from se_inject.contents import count_images
 from se_inject.datasets import Data
 from se_inject.ejection import eject
-from se_inject.errors import DataError, ModelError, OptionError
+from se_inject.errors import DataError, ModelError, OptionError, TrainingError
 from se_inject.gates import fix_gates, get_own_blocks, is_fresh
 from se_inject.groups import freeze_backbone
 from se_inject.loaders import EvalLoader, TrainLoader
@@ -38,7 +38,7 @@ from se_inject.runlog import RunLog
 from se_inject.start import Start
 from se_inject.tasks import autocast
 from se_inject.timing import compare_times, time_blocks
-from se_inject.training import Job, train
+from se_inject.training import InterruptedTrainingError, Job, train
 from se_inject.twin import set_training
 from se_inject.validation import CACHE, Validation
 from se_inject.world import World
@@ -85,6 +85,7 @@ class Found:
         resource: What is spent.
         limit: How much could be.
         base: What the network without blocks has.
+        batch_size: Images of a batch, to which milliseconds belong.
         note: What the user should know of the choice.
     """
 
@@ -93,6 +94,7 @@ class Found:
     resource: Resource
     limit: float
     base: float
+    batch_size: int
     note: str = ""
 
     @property
@@ -107,6 +109,7 @@ class Found:
             "limit": self.limit,
             "spent": self.spent,
             "base": self.base,
+            "batch_size": self.batch_size,
             "note": self.note,
             "sites": [asdict(candidate) for candidate in self.candidates],
         }
@@ -136,11 +139,13 @@ def search(
     Raises:
         ModelError: The blocks are trained, or are none of ours.
         OptionError: The budget buys no block, or `num_steps` is below 1.
-        DataError: There are too few images, or they come as a stream.
+        DataError: There are too few images to tell the blocks apart, or they come as a stream.
+        TrainingError: It was stopped.
     """
     if num_steps < 1:
         raise OptionError(f"--steps is {num_steps}; it must be at least 1")
     plan = get_plan(start.model)
+    get_own_blocks(start.model)  # refuses those of others, before any work
     if not is_fresh(start.model):
         raise ModelError(f"the blocks of {plan.model} were trained already; search in the network without them")
     model = copy_model(start.model).to(world.device)
@@ -155,6 +160,11 @@ def search(
     compute = partial(autocast, recipe, world)
     recipe, _ = calibrate(model, loader, recipe, world, fresh=start.fresh, compute=compute)
     gradients = measure_gradients(model, loader, compute, recipe.label_temperature, report)
+    if not any(gradients.values()):
+        raise ModelError(
+            f"no gate changes what {plan.model} gives: its branches are zero, as in a network that was not trained; "
+            f"search in the trained one"
+        )
     tried = spend(gradients, costs, _ROOM * limit)
     model = restrict_blocks(model, plan.leave_out({path: "" for path in costs if path not in tried}))
     val = EvalLoader(
@@ -165,22 +175,26 @@ def search(
     recipe = replace(recipe, epochs=num_steps / loader.num_steps)
     job = Job(model, loader, val, recipe, world, start.num_classes, fresh=start.fresh)
     with tempfile.TemporaryDirectory() as folder, RunLog(None, "") as log:
-        tuned = train(job, Path(folder), log, lambda *_: None).model
+        try:
+            tuned = train(job, Path(folder), log, lambda *_: None).model
+        except InterruptedTrainingError as error:
+            raise TrainingError("the search was stopped, and wrote nothing") from error
     # At the temperature that was trained with: else a network that is surer than it is right is told to be unsure.
     validation = Validation(own, val, world, start.num_classes, recipe.label_temperature)
     gains = measure_gains(tuned, validation, report)
     useful = {path: gain for path, gain in gains.items() if gain > 0}
     note = ""
     if not useful:
-        note = (
-            f"none of {len(gains)} blocks lowered the loss of other images in {num_steps} steps: "
-            f"these are chosen by their gradients alone; more --steps or images may tell more"
-        )
-    chosen = spend(useful or {path: gradients[path] for path in gains}, costs, limit)
+        useful = {path: gradients[path] for path in gains if gradients[path] > 0}
+        found = f"none of {len(gains)} blocks lowered the loss of other images in {num_steps} steps"
+        if not useful:
+            raise DataError(f"{found}, nor do their gradients say anything; more --steps or images may tell more")
+        note = f"{found}: these are chosen by their gradients alone; more --steps or images may tell more"
+    chosen = spend(useful, costs, limit)
     candidates = [Candidate(path, costs[path], gradients[path], gains.get(path), path in chosen) for path in gradients]
     candidates.sort(key=lambda c: (not c.is_chosen, -(-math.inf if c.gain is None else c.gain / c.cost), -c.gradient))
     reasons = {each.path: _explain(each.gain) for each in candidates if not each.is_chosen}
-    return Found(plan.leave_out(reasons), candidates, budget.resource, limit, base, note)
+    return Found(plan.leave_out(reasons), candidates, budget.resource, limit, base, len(images), note)
 
 
 def measure_gradients(
@@ -254,7 +268,7 @@ def _split(data: Data) -> tuple[Dataset[Any], Dataset[Any]]:
 
 
 def _measure_costs(model: nn.Module, plan: Plan, budget: Budget, images: Tensor) -> tuple[dict[str, float], float]:
-    """Measure what each block costs, and what the network without blocks has of it."""
+    """Measure what each block costs, and what the network without blocks has of it: parameters or milliseconds."""
     plain = eject(model)
     if budget.resource == "parameters":
         costs = {site.path: float(site.num_parameters) for site in plan.sites}

@@ -1,5 +1,6 @@
 """The search for the sites that are worth their blocks."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,17 +9,19 @@ import pytest
 import timm
 import torch
 from sklearn.datasets import load_digits
+from torch import nn
 
 from se_inject import blocks, inject, load, make_plan
 from se_inject.budget import Budget, spend
 from se_inject.datasets import open_data
-from se_inject.errors import DataError, ModelError, OptionError
+from se_inject.errors import DataError, ModelError, OptionError, TrainingError
 from se_inject.plan import Plan
 from se_inject.recipe_files import read_recipe
 from se_inject.rewrite import get_plan
 from se_inject.search import search
 from se_inject.start import prepare_start
 from se_inject.timing import time_blocks
+from se_inject.training import InterruptedTrainingError
 from se_inject.world import stay_alone
 from tests.digits import DigitNet, write_digits
 from tests.test_cli import run  # noqa: F401
@@ -133,6 +136,63 @@ def test_time_can_be_spent_too(weights):
     assert set(times) == set(own)
     assert all(time > 0 for time in times.values())
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in own.values())
+
+
+def test_the_sum_that_a_block_computes_is_not_its_own(monkeypatch):
+    class Adding(nn.Module):
+        def forward(self, x, shortcut=None):
+            return x if shortcut is None else x + shortcut
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.summing, self.idle = Adding(), Adding()
+
+        def forward(self, x):
+            return self.idle(self.summing(x, shortcut=x))
+
+    net, ticks = Net(), itertools.count()
+    monkeypatch.setattr("se_inject.timing._read_clock", lambda _: float(next(ticks)))
+    times = time_blocks(net, {"summing": net.summing, "idle": net.idle}, torch.zeros(1, 2, 4, 4), rounds=2)
+    assert times == {"summing": 1e-4, "idle": 1000.0}  # one tick for the block, less one for the sum
+
+
+def search_quickly(start, data):
+    recipe = read_recipe("short", SETTINGS)
+    return search(start, open_data(str(data), mode="L"), recipe, WORLD, Budget(100), num_steps=1)
+
+
+def test_a_network_with_branches_of_zeros_is_refused(weights, data):
+    start = make_start(weights)
+    with torch.no_grad():
+        for owner in (start.model.block1, start.model.down, start.model.block2):
+            owner.bn2.weight.zero_()
+            owner.bn2.bias.zero_()
+    with pytest.raises(ModelError, match=r"no gate changes what DigitNet gives: .* search in the trained one"):
+        search_quickly(start, data)
+
+
+def test_gradients_that_say_nothing_choose_nothing(weights, data, monkeypatch):
+    own = blocks(make_start(weights).model)
+    monkeypatch.setattr("se_inject.search.measure_gradients", lambda *_: dict.fromkeys(own, -1.0))
+    monkeypatch.setattr("se_inject.search.measure_gains", lambda *_: dict.fromkeys(own, -0.1))
+    with pytest.raises(DataError, match=r"lowered the loss .* nor do their gradients say anything; more --steps"):
+        search_quickly(make_start(weights), data)
+
+
+def test_a_search_that_is_stopped_gives_no_advice_that_fails(weights, data, monkeypatch):
+    def stop(*_):
+        raise InterruptedTrainingError("stopped after step 1; the same command with --resume goes on")
+
+    monkeypatch.setattr("se_inject.search.train", stop)
+    with pytest.raises(TrainingError, match="^the search was stopped, and wrote nothing$"):
+        search_quickly(make_start(weights), data)
+
+
+def test_attention_of_another_kind_is_refused_before_any_work(weights, data, monkeypatch):
+    monkeypatch.setattr("se_inject.search.copy_model", None)
+    with pytest.raises(ModelError, match="no squeeze-and-excitation block"):
+        search_quickly(make_start(weights, block="eca", r=16), data)
 
 
 def test_what_cannot_be_searched_is_refused(weights, data):

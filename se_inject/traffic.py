@@ -16,7 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_UNWRITTEN = (torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default)
+_aten = torch.ops.aten
+_UNTOUCHED = (
+    _aten.empty, _aten.empty_like, _aten.new_empty, _aten.empty_strided, _aten.new_empty_strided,  # memory alone
+    _aten._unsafe_view,  # a view that autograd takes for none
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class ByteCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         for x in made:
             self._hold(x.untyped_storage())
-        if not func.is_view and func not in _UNWRITTEN:
+        if not func.is_view and func.overloadpacket not in _UNTOUCHED:
             read = {name: value for name, value in (kwargs or {}).items() if not name.startswith("out")}
             tensors = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)] + made
             self.count += sum(x.numel() * x.element_size() for x in tensors)
@@ -97,8 +101,14 @@ def measure_traffic(model: nn.Module, images: Tensor) -> Traffic:
 
 
 def add_up(outputs: object) -> Tensor:
-    """Add up all that a network gives, as a loss that costs nothing."""
+    """Add up all that a network gives, as a loss that costs nothing.
+
+    Raises:
+        ValueError: Nothing of it has a gradient.
+    """
     tensors = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
+    if not tensors:
+        raise ValueError("no output has a gradient")
     return torch.stack([x.sum() for x in tensors]).sum() if len(tensors) > 1 else tensors[0].sum()
 
 

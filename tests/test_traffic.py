@@ -1,8 +1,14 @@
 """What `benchmarks.traffic` counts."""
 
+import json
+from pathlib import Path
+
+import pytest
+import timm
 import torch
 from torch import nn
 
+from benchmarks import traffic
 from benchmarks.traffic import Row, write_table
 from se_inject import inject
 from se_inject.traffic import ByteCounter, measure_traffic
@@ -17,6 +23,32 @@ def test_inputs_and_outputs_of_operators_that_are_no_views_count():
     with ByteCounter() as counter:
         (x.flatten(1)[:, :24] + 1).relu_()
     assert counter.count == MAP // 2 * 2 + MAP // 2 * 2
+
+
+def test_memory_that_is_only_asked_for_and_views_by_another_name_do_not_count():
+    x = torch.randn(2, 3, 4, 4)
+    with ByteCounter() as counter:
+        torch.empty_strided((2, 3, 4, 4), (48, 1, 12, 3))
+        x.new_empty_strided((2, 3, 4, 4), (48, 1, 12, 3))
+        torch.empty(2, 3, 4, 4), torch.empty_like(x), x.new_empty(2, 3, 4, 4)
+        torch.ops.aten._unsafe_view(x, (2, 48))
+    assert counter.count == 0
+    assert counter.peak > 0
+
+
+def test_a_network_whose_outputs_have_no_gradient_takes_no_step():
+    model = nn.Conv2d(3, 3, 1).requires_grad_(False)
+    with pytest.raises(ValueError, match="^no output has a gradient$"):
+        measure_traffic(model, torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.slow
+def test_what_is_counted_of_a_resnet50_is_what_the_table_says():
+    written = json.loads((Path(traffic.__file__).parent / "results" / "traffic.json").read_text())
+    plain = written["bytes"]["resnet50"]["plain"]
+    model = timm.create_model("resnet50")
+    found = measure_traffic(model, torch.randn(8, 3, 224, 224))
+    assert vars(found) == {key: plain[key] for key in ("evaluation", "training", "saved", "peak")}
 
 
 def test_parameters_and_what_has_one_storage_do_not_count_as_saved():

@@ -38,14 +38,14 @@ import torch
 
 from benchmarks.accuracy_networks import ARMS, NAMES, PASTED, make_model, open_pretrained
 from benchmarks.accuracy_report import ONLY_SE, summarise, write_table
-from benchmarks.accuracy_runs import Files, Run, describe_device, perform
+from benchmarks.accuracy_runs import Files, Run, perform
 from benchmarks.accuracy_speed import measure_throughput
 from benchmarks.setting import describe_setting
 from se_inject.errors import OptionError
 from se_inject.places import Kind
 from se_inject.recipe import Recipe
 from se_inject.recipe_files import DEFAULT_RECIPE, read_recipe
-from se_inject.world import join_world
+from se_inject.world import join_world, name_device
 
 _FOLDER = Path(__file__).parent / "results"
 _IN_MEMORY = "workers=0"
@@ -179,7 +179,7 @@ def main() -> None:
         rows = perform_all(list_runs(options), files, num_jobs=options.jobs, log=log)
     device = "cuda" if torch.cuda.is_available() and options.device in ("auto", "cuda") else "cpu"
     setting = describe_setting() | {
-        "device": describe_device(torch.device(device)), "cores": str(os.cpu_count()), "jobs": str(options.jobs),
+        "device": name_device(torch.device(device)), "cores": str(os.cpu_count()), "jobs": str(options.jobs),
         "threads": str(options.threads),
     }  # fmt: skip
     command = f"python -m benchmarks.accuracy {shlex.join(sys.argv[1:])}"

@@ -33,7 +33,7 @@ from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate
 from se_inject.tasks import autocast, make_teacher
 from se_inject.training import Job, train
-from se_inject.world import World, join_world
+from se_inject.world import World, join_world, name_device
 
 _NUM_GLANCED = 64
 """Images of the validations between epochs, which nothing here depends on."""
@@ -136,7 +136,7 @@ def perform(run: Run, files: Files) -> dict[str, Any]:
         "steps": job.num_steps,
         "seconds": outcome.seconds,
         "images_per_second": outcome.images_per_second,
-        "device": describe_device(world.device),
+        "device": name_device(world.device),
     }
 
 
@@ -171,8 +171,3 @@ def _get_known() -> dict[Any, float]:
 
 def _make_eval(images: Any, opened: Pretrained, recipe: Recipe, world: World) -> EvalLoader:
     return EvalLoader(images, opened.form, batch_size=max(128, recipe.batch_size), workers=recipe.workers, world=world)
-
-
-def describe_device(device: torch.device) -> str:
-    """Name the device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

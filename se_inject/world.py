@@ -5,9 +5,11 @@ Takes what torchrun (or SLURM) has set in the environment, gives a `World`. timm
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,8 +17,10 @@ from timm.utils.distributed import init_distributed_device_so
 from torch import Tensor
 from torch import distributed as dist
 
+from se_inject.downloads import get_sentence
 from se_inject.errors import OptionError, SEInjectError, TrainingError
 
+_CPUINFO = Path("/proc/cpuinfo")
 _T = TypeVar("_T")
 _LOST = ("gloo/transport", "connection closed by peer", "connection reset by peer", "ncclremoteerror")
 """What gloo and NCCL say where a process that they talk to is no more."""
@@ -129,7 +133,17 @@ def choose_device(device: str) -> str:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:
-        line = str(error).splitlines()[0]
-        raise OptionError(f"device is {device!r}, which cannot be used here: {line}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:  # of a device whose package is not installed
+        raise OptionError(f"device is {device!r}, which cannot be used here: {get_sentence(error)}") from error
     return name
+
+
+def name_device(device: torch.device) -> str:
+    """Name a device: the model of the GPU or of the CPU, or else the type of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    lines = _CPUINFO.read_text().splitlines() if _CPUINFO.is_file() else []
+    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return cpu or platform.processor() or platform.machine()

@@ -7,8 +7,10 @@ import subprocess
 from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 
+import torch
+
+from se_inject.world import name_device
 from tests.zoo_networks import SEED
 
 STATUSES = ("injected", "nothing to inject", "turned away", "exception", "no CNN")
@@ -41,14 +43,11 @@ def write_report(rows, path, *, only, jobs, seconds, num_kept=0):
 
 
 def describe_setting(rows, only, jobs, seconds):
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    cpu = next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.processor())
     commit = subprocess.check_output(["git", "describe", "--always", "--dirty"], text=True).strip()
     return {
         "command": f"python -m tests.zoo --only {only!r} --jobs {jobs}",
         "commit": commit,
-        "cpu": f"{cpu}, {os.cpu_count()} cores, one thread a job",
+        "cpu": f"{name_device(torch.device('cpu'))}, {os.cpu_count()} cores, one thread a job",
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "timm", "torchvision")},
         "seed": SEED,

@@ -29,6 +29,8 @@ from se_inject.errors import ArtifactError, get_first_line
 
 SAFETENSORS = ".safetensors"
 SUFFIXES = (".pt", ".pth", SAFETENSORS)
+PROGRAMS = (".pt2", ".onnx")
+"""Of torch.export and of ONNX."""
 STATE_SUFFIXES = (*SUFFIXES, ".th", ".bin", ".ckpt", ".tar")
 """Of other people's state dicts; all but the third are what torch writes."""
 _METADATA_KEY = "se_inject"

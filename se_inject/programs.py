@@ -27,8 +27,9 @@ from torch.utils._pytree import tree_leaves
 from se_inject.caches import kept_caches
 from se_inject.calls import Call
 from se_inject.errors import ExportError, get_first_line
+from se_inject.files import PROGRAMS
 
-TORCH, ONNX = ".pt2", ".onnx"
+TORCH, ONNX = PROGRAMS
 INSTALL = "pip install 'se-inject[onnx]'"
 _ONNX_LIMIT = 2**31 - 2**20
 """Bytes of tensors that one file can hold: protobuf's limit, less room for the graph."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from se_inject.allowance import Allowance
 from se_inject.downloads import build, fetch
 from se_inject.errors import SourceError
-from se_inject.files import read_state_dict
+from se_inject.files import PROGRAMS, SUFFIXES, read_state_dict
 from se_inject.provenance import RANDOM, Library, Source
 
 _REMOTE = ("hf-hub:", "local-dir:")
@@ -78,7 +78,7 @@ def resolve_name(name: str) -> tuple[Library, str]:
     """Find out which library a name belongs to.
 
     Raises:
-        SourceError: No library has it; the message lists the nearest names.
+        SourceError: No library has it; the message lists the nearest names, or says that it is a file.
     """
     import timm
     import torchvision
@@ -89,8 +89,8 @@ def resolve_name(name: str) -> tuple[Library, str]:
     if colon and head not in ("timm", "torchvision"):
         return "factory", name
     short = tail if colon else name
-    if short.endswith((".pt", ".pth", ".safetensors", ".onnx")) or os.sep in short:
-        raise SourceError(f"there is no file {name}")
+    if short.endswith((*SUFFIXES, *PROGRAMS)) or os.sep in short:
+        raise SourceError(_explain_file(name))
     known = {"timm": timm.list_models(), "torchvision": torchvision.models.list_models()}
     if head != "torchvision" and short.partition(".")[0] in known["timm"]:
         return "timm", short
@@ -101,6 +101,14 @@ def resolve_name(name: str) -> tuple[Library, str]:
     near = list(dict.fromkeys(difflib.get_close_matches(short, names, n=5, cutoff=0.5)))
     hint = f"; the nearest names are {', '.join(near)}" if near else "; timm.list_models() lists the names"
     raise SourceError(f"{where} {short!r}{hint}")
+
+
+def _explain_file(name: str) -> str:
+    """Say why a path is no name of a network."""
+    if not Path(name).is_file():
+        return f"there is no file {name}"
+    what = "a program, which has no layers to work on" if name.endswith(PROGRAMS) else "no artifact of se-inject"
+    return f"{name} is {what}; expected an artifact ({', '.join(SUFFIXES)}) or the name of a network"
 
 
 def build_skeleton(source: Source, *, trust_source: bool = False, num_weights: int | None = None) -> nn.Module:
@@ -208,7 +216,7 @@ def _read_timm_preprocess(model: nn.Module) -> dict[str, Any]:
 def _open_torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> Network:  # noqa: FBT001
     import torchvision
 
-    if "in_chans" in options:
+    if options.pop("in_chans", 3) != 3:
         raise SourceError(f"torchvision:{name} takes three channels; --in-chans goes with networks of timm")
     num_classes = options.get("num_classes")
     weights = torchvision.models.get_model_weights(name).DEFAULT if pretrained else None

@@ -203,6 +203,7 @@ def test_a_name_that_is_too_long_gets_one_line(run, args):
     [
         (["resnet5O"], "the nearest names are resnet50"),
         (["none.pt"], "there is no file none.pt"),
+        (["none.pt2"], "there is no file none.pt2"),
         (["vit_tiny_patch16_224", "--no-pretrained"], "VisionTransformer has no place"),
         (["seresnet18", "--no-pretrained"], "already carries channel attention"),
         (["resnet18", "--no-pretrained", "--r", "0"], "r is 0.0; the reduction ratio must be a number of at least 1"),

@@ -58,6 +58,25 @@ def test_a_wrong_name_lists_the_nearest(name, message):
         resolve_name(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.pt2", "a program, which has no layers to work on"),
+        ("model.onnx", "a program, which has no layers to work on"),
+        ("runs/net.bin", "no artifact of se-inject"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_name(name, what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SourceError, match=f"^there is no file {name}$"):
+        resolve_name(name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / name).touch()
+    match = rf"^{name} is {what}; expected an artifact \(.pt, .pth, .safetensors\) or the name of a network$"
+    with pytest.raises(SourceError, match=match):
+        resolve_name(name)
+
+
 def test_the_source_says_which_network_and_which_weights():
     network = open_network("resnet18", pretrained=False)
     assert str(network.source) == "timm:resnet18.a1_in1k"

@@ -210,6 +210,24 @@ def open_model(
     return network, source
 
 
+def open_peer(name: str, *, beside: Any, trust_source: bool) -> Any:
+    """Open a network that another one is compared to, with random weights.
+
+    Args:
+        name: What MODEL can be. A network of timm's or torchvision's gets the classes and the input channels that the
+            other one was built with.
+        beside: The other one's `Source`, or None.
+        trust_source: Import the factory that a file of ours names.
+    """
+    from se_inject.sources import resolve_name
+
+    is_built = beside is not None and not _is_ours(name) and resolve_name(name)[0] != "factory"
+    # 0 classes are a network without a classifier, which no option can ask for.
+    options = {key: beside.options.get(key) or None for key in ("num_classes", "in_chans")} if is_built else {}
+    network, _ = open_model(name, pretrained=False, trust_source=trust_source, **options)
+    return network
+
+
 def _is_ours(model: str) -> bool:
     """Tell whether a name is that of a file, a folder or a repository of ours; what is none may be a library's."""
     from se_inject.files import SUFFIXES

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, read_options, takes
+from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, open_peer, read_options, takes
 from se_inject.errors import OptionError
 
 
@@ -102,14 +102,16 @@ def run_export(
 
 @takes(open_model=open_model, read_options=read_options)
 def run_bench(
-    open_model: Callable[[], Opened],
+    open_model: functools.partial[Opened],
     *,
     batch_size: Annotated[int, typer.Option("--batch", metavar="N", help="Images at once.")] = 1,
     input_size: InputSize = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            "--compare", metavar="NAME", help="A network to measure beside it, as timm:seresnet50. Repeatable."
+            "--compare",
+            metavar="MODEL",
+            help="A network to measure beside it, as timm:seresnet50; whatever MODEL can be. Repeatable.",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each is timed, in turn.")] = 20,
@@ -126,7 +128,6 @@ def run_bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure what SE costs: bytes, memory and time of the plain, the injected, the optimized network and of peers."""
-    from se_inject.sources import open_network
     from se_inject.speed import measure_network
     from se_inject.timing import Conditions
     from se_inject.world import choose_device
@@ -140,14 +141,15 @@ def run_bench(
         batch_size, input_size, rounds, compiled, training, channels_last, precision, threads, choose_device(device)
     )
     network, source = open_model()
-    peers = {name: open_network(name, pretrained=False).model for name in compare or ()}
+    trust_source = open_model.keywords["trust_source"]
+    peers = {name: open_peer(name, beside=source, trust_source=trust_source) for name in compare or ()}
     options = read_options()
     measured = measure_network(network, conditions, peers=peers, options=options, report=console.talk)
     if plot is not None:
         draw_speed(measured.rows, f"{source or type(network).__name__}, {measured.describe()}", plot)
         console.talk(f"wrote {plot}")
     if as_json:
-        console.print_json(measured.to_values())
+        console.print_json({"model": open_model.keywords["model"], **measured.to_values()})
     else:
         console.print_speed(measured.rows)
         console.talk(measured.describe())

@@ -132,14 +132,7 @@ def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
     sites = [{"path": site.path, **asdict(site)} for site in plan.sites]
     return {
         "model": plan.model,
-        "divisor": plan.divisor,
-        "bias": plan.bias,
-        "squeeze": plan.squeeze,
-        "gate": plan.gate,
-        "block": plan.block,
-        "placement": plan.placement,
-        "concat": plan.concat,
-        "at": list(plan.at),
+        **plan.to_settings(),
         "note": plan.note,
         "sites": sites,
         "passed_over": [asdict(item) for item in plan.passed_over],
@@ -285,11 +278,21 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
 
 
 def print_speed(rows: Sequence[Row]) -> None:
-    """Print what SE costs: what was counted, and what was timed; each in relation to the plain network."""
-    from se_inject.timing import get_base
+    """Print what SE costs: what was counted, and what was timed; each in relation to its base."""
+    from se_inject.speed import COUNTED_STEP
 
+    _print_whole(_tabulate_counts(rows))
+    for row in rows:
+        if COUNTED_STEP in row.failures:
+            stdout.out(f"{row.name}: no training step is counted: {row.failures[COUNTED_STEP]}")
+    modes = dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures))
+    for mode in modes:
+        if mode != COUNTED_STEP:
+            _print_whole(_tabulate_times(rows, mode))
+
+
+def _tabulate_counts(rows: Sequence[Row]) -> Table:
     by_name = {row.name: row for row in rows}
-    base = {row.name: by_name[get_base(row.name)] for row in rows}
     fields = {
         "bytes_moved": "MB moved",
         "bytes_training": "training step",
@@ -297,30 +300,32 @@ def print_speed(rows: Sequence[Row]) -> None:
         "peak": "peak MB",
         "peak_training": "training step",
     }
-    counted = Table(box=box.SIMPLE_HEAD, title="counted", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, title="counted", title_justify="left")
     for name in ("network", "parameters", "GFLOPs an image", *fields.values()):
-        counted.add_column(name, justify="left" if name == "network" else "right")
+        table.add_column(name, justify="left" if name == "network" else "right")
     for row in rows:
         cells = [escape(row.name), f"{row.parameters:,}", f"{row.flops / 1e9:.3f}"]
         for field in fields:
-            value, plain = getattr(row, field), getattr(base[row.name], field)
+            value, plain = getattr(row, field), getattr(by_name[row.base], field)
             cells.append("" if value is None else f"{value / 1e6:,.1f}" + (f"  x{value / plain:.3f}" if plain else ""))
-        counted.add_row(*cells)
-    _print_whole(counted)
-    for mode in dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures)):
-        timed = Table(box=box.SIMPLE_HEAD, title=mode, title_justify="left")
-        for name in ("network", "p50 ms", "p95 ms", "images/s", "time", "compared to"):
-            timed.add_column(name, justify="left" if name in ("network", "compared to") else "right")
-        for row in rows:
-            timing = row.timings.get(mode)
-            if mode in row.failures:
-                timed.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures[mode]))
-            if timing is None:
-                continue
-            ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
-            numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)
-            timed.add_row(escape(row.name), *numbers, base[row.name].name)
-        _print_whole(timed)
+        table.add_row(*cells)
+    return table
+
+
+def _tabulate_times(rows: Sequence[Row], mode: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=mode, title_justify="left")
+    for name in ("network", "p50 ms", "p95 ms", "images/s", "time", "compared to"):
+        table.add_column(name, justify="left" if name in ("network", "compared to") else "right")
+    for row in rows:
+        timing = row.timings.get(mode)
+        if mode in row.failures:
+            table.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures[mode]))
+        if timing is None:
+            continue
+        ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
+        numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)
+        table.add_row(escape(row.name), *numbers, escape(row.base))
+    return table
 
 
 def _print_whole(table: Table) -> None:

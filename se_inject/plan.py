@@ -173,6 +173,11 @@ class Plan:
             entries.setdefault(Entry(site.owner, site.method), []).append(site)
         yield from entries.items()
 
+    def to_settings(self) -> dict[str, Any]:
+        """Turn what the blocks were asked to be into plain values."""
+        names = ("divisor", "bias", "squeeze", "gate", "block", "placement", "concat")
+        return {**{name: getattr(self, name) for name in names}, "at": list(self.at)}
+
     def to_json(self) -> str:
         """Write the plan as JSON; `Plan.from_json` reads it."""
         return json.dumps({"version": PLAN_VERSION, **asdict(self)}, indent=1)

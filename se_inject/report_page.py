@@ -15,7 +15,6 @@ from se_inject.report_blocks import MOST_LOST, NEAR_ONE, Z
 from se_inject.report_charts import draw_charts, draw_panel, name_lines
 from se_inject.report_style import import_altair, make_bundle
 from se_inject.speed import Measured
-from se_inject.timing import get_base
 
 _TEMPLATE = "report.html"
 _WHERE = {"plain": "without blocks", "injected": "with blocks"}
@@ -58,7 +57,7 @@ def _tabulate_costs(costs: Measured) -> list[Mapping[str, Any]]:
     by_name = {row.name: row for row in costs.rows}
     rows: list[Mapping[str, Any]] = []
     for row in costs.rows:
-        base = by_name[get_base(row.name)]
+        base = by_name[row.base]
         timing = row.timings.get("eager")
         rows.append(
             {

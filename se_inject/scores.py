@@ -183,7 +183,7 @@ def quote_batch_size(option: str, batch_size: int) -> Iterator[None]:
         setting = write(batch_size // 2) if batch_size > 1 else "a smaller --input-size"
         raise OptionError(f"out of memory with {name} {batch_size}; try {setting}") from error
     except ValueError as error:
-        if option.startswith("--") or not str(error).lower().startswith(_NO_STATISTICS):
+        if option.startswith("--") or not lacks_statistics(error):
             raise  # no batch norm is trained where an option says the batch size
         raise OptionError(
             f"with {name} {batch_size} a batch norm gets one value a channel, of which it cannot take statistics; try "
@@ -197,3 +197,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     is_torchs = isinstance(error, RuntimeError) and not isinstance(error, SEInjectError)
     return is_torchs and any(sign in str(error).lower() for sign in _OUT_OF_MEMORY)
+
+
+def lacks_statistics(error: BaseException) -> bool:
+    """Tell whether an error is that a batch norm that is trained got one value a channel."""
+    return isinstance(error, ValueError) and str(error).lower().startswith(_NO_STATISTICS)

@@ -7,9 +7,8 @@ runs once, in another order each time, so that a ratio holds on a machine that o
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,13 +18,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from se_inject.calls import Entry, decode_call
 from se_inject.ejection import eject
-from se_inject.errors import ExampleError, get_first_line
-from se_inject.optimization import optimize
+from se_inject.entrants import (
+    INJECTED,
+    OPTIMIZED,
+    PLAIN,
+    PLAIN_OPTIMIZED,
+    Entrant,
+    name_optimized,
+    prepare_entrants,
+    refuse_size,
+)
+from se_inject.errors import ExampleError, ModelError, OptionError, get_first_line
+from se_inject.optimization import find_optimization
 from se_inject.rewrite import get_plan
+from se_inject.scores import is_out_of_memory, lacks_statistics
 from se_inject.start import inject_once
-from se_inject.timing import PLAIN, Conditions, Timing, cast_maps, make_run, take_timings
+from se_inject.timing import Conditions, Timing, cast_maps, make_run, take_timings
 from se_inject.traffic import ByteCounter, measure_traffic
 from se_inject.twin import make_twin
+from se_inject.world import name_device
+
+COUNTED_STEP = "training step, counted"
+"""Among the failures of a row: why nothing was counted of a training step."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,13 @@ class Row:
     """What was measured of a network.
 
     Attributes:
-        name: "plain", "injected", "optimized", or a peer's name; those that are optimized are compared to the plain one
-            whose batch norms are folded.
+        name: "plain", "injected", "optimized", or a peer's name.
+        base: The name of the row that it is compared to: the plain network, or for those that are optimized the plain
+            one whose batch norms are folded. These two are their own.
         parameters: How many.
         flops: For one image, two for a multiply-accumulate.
         bytes_moved: Read and written by an evaluation.
-        bytes_training: Read and written by a training step; None for networks that are not to be trained.
+        bytes_training: Read and written by a training step; None for networks that are not, or cannot be, trained.
         bytes_saved: Kept for the backward pass of it.
         peak: Bytes that an evaluation holds at once beside parameters: on CUDA what the allocator gives, elsewhere the
             tensors that are made.
@@ -48,6 +63,7 @@ class Row:
     """
 
     name: str
+    base: str
     parameters: int
     flops: int
     bytes_moved: int
@@ -55,15 +71,25 @@ class Row:
     bytes_saved: int | None
     peak: int
     peak_training: int | None
-    timings: Mapping[str, Timing]
-    failures: Mapping[str, str]
+    timings: Mapping[str, Timing] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured, and with what: (N, C, H, W) of the input, the device's name, the number of threads."""
+    """What was measured, and with what.
+
+    Attributes:
+        rows: A network each.
+        injection: What the blocks are: the settings of their plan, and the reduction ratio of each by its path.
+        conditions: How networks were run.
+        shape: (N, C, H, W) of the input.
+        hardware: The name of the GPU or the CPU.
+        threads: Of the CPU.
+    """
 
     rows: list[Row]
+    injection: Mapping[str, Any]
     conditions: Conditions
     shape: tuple[int, ...]
     hardware: str
@@ -96,28 +122,46 @@ def measure_network(
     Args:
         network: Injected or not; on the CPU. It is not changed.
         conditions: How networks are run.
-        peers: Other networks that are measured beside it, by name.
+        peers: Other networks that are measured beside it, by name; not by that of another row.
         options: For `inject`, if the network has no blocks.
         report: Is told what happens.
 
     Raises:
-        ModelError: The network is optimized, or cannot be injected.
-        OptionError: It has its blocks already, and options are given.
+        ModelError: A network is optimized already, or cannot be; or the network cannot be injected.
         EmptyPlanError: It has no place for a block.
+        OptionError: It has its blocks already, and options are given; a peer has the name of another row; or the images
+            do not fit the layout or into memory.
         ExampleError: A network does not run on the input.
     """
+    _check_networks(network, peers or {})
     injected = inject_once(network, options or {})
-    networks = {PLAIN: eject(injected), "injected": injected, **(peers or {})}
+    networks = {PLAIN: eject(injected), INJECTED: injected, **(peers or {})}
     shape = _choose_shape(injected, conditions)
     before = torch.get_num_threads()
     torch.set_num_threads(conditions.threads or before)
     try:
         rows = compare_speed(networks, shape, conditions, report=report)
-        is_cuda = torch.device(conditions.device).type == "cuda"
-        hardware = torch.cuda.get_device_name(conditions.device) if is_cuda else conditions.device
-        return Measured(rows, conditions, shape, hardware, torch.get_num_threads())
+        hardware = name_device(torch.device(conditions.device))
+        return Measured(rows, _describe_blocks(injected), conditions, shape, hardware, torch.get_num_threads())
     finally:
         torch.set_num_threads(before)
+
+
+def _check_networks(network: nn.Module, peers: Mapping[str, nn.Module]) -> None:
+    taken = {PLAIN, PLAIN_OPTIMIZED, INJECTED, OPTIMIZED}
+    for name in peers:
+        own = {name, name_optimized(name)}
+        if own & taken:
+            raise OptionError(f"a peer is named {name!r}, as another row is; give it a name of its own")
+        taken |= own
+    for name, each in ((type(network).__name__, network), *peers.items()):
+        if find_optimization(each) is not None:
+            raise ModelError(f"{name} is optimized; bench takes the network that it was made from")
+
+
+def _describe_blocks(injected: nn.Module) -> dict[str, Any]:
+    plan = get_plan(injected)
+    return {**plan.to_settings(), "r": {site.path: site.r for site in plan.sites}}
 
 
 def _choose_shape(injected: nn.Module, conditions: Conditions) -> tuple[int, ...]:
@@ -148,71 +192,78 @@ def compare_speed(
         report: Is told what happens.
 
     Raises:
+        ModelError: A network cannot be copied or optimized.
+        OptionError: The images do not fit the layout or into memory.
         ExampleError: A network does not run on the input.
     """
-    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(conditions.device)
-    if conditions.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    models = dict(_prepare(networks, shape, conditions))
-    counted = {}
-    for name, model in models.items():
-        report(f"counting {name}")
-        counted[name] = _count(model, images, conditions, trains=name in networks)
-    timings: dict[str, dict[str, Timing]] = {name: {} for name in models}
-    failures: dict[str, dict[str, str]] = {name: {} for name in models}
+    entrants: dict[str, Entrant] = {}
+    rows: dict[str, Row] = {}
+    for entrant in prepare_entrants(networks, shape, conditions):
+        report(f"counting {entrant.name}")
+        entrants[entrant.name], rows[entrant.name] = entrant, _count(entrant, conditions)
+    bases = {name: entrant.base for name, entrant in entrants.items()}
     for mode in conditions.list_modes():
         runs = {}
-        for name, model in models.items():
-            if mode == "training" and name not in networks:
+        for name, entrant in entrants.items():
+            if mode == "training" and not entrant.trains:
                 continue
             report(f"warming up {name}, {mode}")
             try:
-                runs[name] = make_run(model, images, mode, conditions)
+                runs[name] = make_run(entrant.model, entrant.images, mode, conditions)
             except Exception as error:  # noqa: BLE001  a compiler's errors are of all kinds; the row says what
-                failures[name][mode] = get_first_line(error)
+                failures = {**rows[name].failures, mode: _explain(error, shape)}
+                rows[name] = replace(rows[name], failures=failures)
         report(f"timing {len(runs)} networks, {mode}, {conditions.rounds} rounds")
-        for name, timing in take_timings(runs, conditions).items():
-            timings[name][mode] = timing
-    return [Row(name, **counted[name], timings=timings[name], failures=failures[name]) for name in models]
+        for name, timing in take_timings(runs, bases, conditions).items():
+            rows[name] = replace(rows[name], timings={**rows[name].timings, mode: timing})
+    return list(rows.values())
 
 
-def _prepare(
-    networks: Mapping[str, nn.Module], shape: tuple[int, ...], conditions: Conditions
-) -> Iterator[tuple[str, nn.Module]]:
-    example = torch.zeros(2, *shape[1:])
-    for name, network in networks.items():
-        for label, model in ((name, copy.deepcopy(network)), (_name_optimized(name), optimize(network, example))):
-            placed = model.to(conditions.device).eval()
-            yield label, placed.to(memory_format=torch.channels_last) if conditions.channels_last else placed
+def _explain(error: Exception, shape: tuple[int, ...]) -> str:
+    hint = "; try --batch 2" if shape[0] == 1 and lacks_statistics(error) else ""
+    return get_first_line(error) + hint
 
 
-def _name_optimized(name: str) -> str:
-    return "optimized" if name == "injected" else f"{name}, optimized"
+def _count(entrant: Entrant, conditions: Conditions) -> Row:
+    model, images = entrant.model, entrant.images
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            model(images)
+        with torch.no_grad(), cast_maps(conditions), ByteCounter() as counter:
+            model(images)
+        peak = _measure_peak(make_run(model, images, "eager", conditions), images) if images.is_cuda else counter.peak
+    except Exception as error:
+        shape = tuple(images.shape)
+        if is_out_of_memory(error):
+            raise refuse_size(shape) from error
+        line = get_first_line(error)
+        raise ExampleError(f"{entrant.name} does not run on an input of shape {shape}: {line}") from error
+    row = Row(
+        entrant.name,
+        entrant.base,
+        parameters=sum(p.numel() for p in model.parameters()),
+        flops=flops.get_total_flops() // len(images),
+        bytes_moved=counter.count,
+        bytes_training=None,
+        bytes_saved=None,
+        peak=peak,
+        peak_training=None,
+    )
+    return _count_step(row, entrant, conditions) if entrant.trains else row
 
 
-def _count(model: nn.Module, images: Tensor, conditions: Conditions, *, trains: bool) -> dict[str, Any]:
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model(images)
-    with torch.no_grad(), cast_maps(conditions), ByteCounter() as counter:
-        model(images)
-    traffic, peak, peak_training = None, counter.peak, None
-    if trains:
-        with cast_maps(conditions), suppress(ValueError):  # torch's batch norm of one value a channel cannot train
+def _count_step(row: Row, entrant: Entrant, conditions: Conditions) -> Row:
+    """Add what is counted of a training step, or the reason why there is none."""
+    model, images = entrant.model, entrant.images
+    try:
+        with cast_maps(conditions):
             traffic = measure_traffic(copy.deepcopy(model), images)
-        peak_training = traffic and traffic.peak
-    if images.is_cuda:
-        peak = _measure_peak(make_run(model, images, "eager", conditions), images)
-        if traffic is not None:
-            peak_training = _measure_peak(make_run(model, images, "training", conditions), images)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": flops.get_total_flops() // len(images),
-        "bytes_moved": counter.count,
-        "bytes_training": traffic and traffic.training,
-        "bytes_saved": traffic and traffic.saved,
-        "peak": peak,
-        "peak_training": peak_training,
-    }
+        peak = traffic.peak
+        if images.is_cuda:
+            peak = _measure_peak(make_run(model, images, "training", conditions), images)
+    except Exception as error:  # noqa: BLE001  a network may do anything in train mode; the row says what
+        return replace(row, failures={COUNTED_STEP: _explain(error, tuple(images.shape))})
+    return replace(row, bytes_training=traffic.training, bytes_saved=traffic.saved, peak_training=peak)
 
 
 def _measure_peak(run: Callable[[], object], images: Tensor) -> int:

@@ -7,10 +7,11 @@ holds on a machine that other work makes faster and slower.
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +25,6 @@ from se_inject.twin import set_training
 
 Mode = Literal["eager", "compiled", "graph", "training"]
 """Of running a network: as it is, through torch.compile, replayed as a CUDA graph; or a step forward and back."""
-PLAIN, PLAIN_OPTIMIZED = "plain", "plain, optimized"
 _WARM_UPS = 3
 _SHORTEST = 1e-4
 """Milliseconds that no module is below, whatever the clock says."""
@@ -62,12 +62,17 @@ class Conditions:
         Raises:
             OptionError: A value is out of range.
         """
-        for name in ("batch_size", "input_size", "rounds", "threads"):
-            value = getattr(self, name)
+        options = {
+            "--batch": self.batch_size,
+            "--input-size": self.input_size,
+            "--rounds": self.rounds,
+            "--threads": self.threads,
+        }
+        for option, value in options.items():
             if value is not None and value < 1:
-                raise OptionError(f"{name} is {value}; expected at least 1")
+                raise OptionError(f"{option} is {value}; expected at least 1")
         if self.precision not in ("fp32", "bf16"):
-            raise OptionError(f"precision is {self.precision!r}; expected fp32 or bf16")
+            raise OptionError(f"--precision is {self.precision!r}; expected fp32 or bf16")
 
     def list_modes(self) -> list[Mode]:
         """List the ways of running."""
@@ -89,8 +94,7 @@ class Timing:
         p50: The median, in milliseconds.
         p95: What one batch in twenty takes longer than, in milliseconds.
         images_per_second: By the median.
-        ratio: The median over rounds of the time in relation to the plain network's of the same round; None if that
-            did not run.
+        ratio: The median over rounds of the time in relation to the base's of the same round; None if that did not run.
     """
 
     p50: float
@@ -168,11 +172,6 @@ def _read_clock(images: Tensor) -> float:
     return time.perf_counter()
 
 
-def get_base(name: str) -> str:
-    """Return the name of the row that a row is compared to."""
-    return PLAIN_OPTIMIZED if name.endswith("optimized") else PLAIN
-
-
 def cast_maps(conditions: Conditions) -> Any:
     """Make the context in which a network runs: autocast, or nothing."""
     if conditions.precision == "fp32":
@@ -236,10 +235,20 @@ def _make_step(model: nn.Module, images: Tensor, conditions: Conditions) -> Call
     return run
 
 
-def take_timings(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> dict[str, Timing]:
-    """Time what `make_run` made, by name, in rounds."""
+def take_timings(
+    runs: Mapping[str, Callable[[], object]], bases: Mapping[str, str], conditions: Conditions
+) -> dict[str, Timing]:
+    """Time what `make_run` made, in rounds.
+
+    Args:
+        runs: By name.
+        bases: The name of what each is compared to, by name.
+        conditions: Under which they were made.
+    """
     seconds = _take_times(runs, conditions)
-    return {name: _summarise(name, seconds, conditions.batch_size) for name in runs}
+    return {
+        name: summarise_times(own, seconds.get(bases[name]), conditions.batch_size) for name, own in seconds.items()
+    }
 
 
 def _take_times(runs: Mapping[str, Callable[[], object]], conditions: Conditions) -> dict[str, list[float]]:
@@ -269,13 +278,18 @@ def _run_once(run: Callable[[], object], device: str) -> float:
     return time.perf_counter() - start
 
 
-def _summarise(name: str, seconds: Mapping[str, list[float]], num_images: int) -> Timing:
-    own = seconds[name]
-    base = seconds.get(get_base(name))
+def summarise_times(own: Sequence[float], base: Sequence[float] | None, num_images: int) -> Timing:
+    """Summarise the seconds that a network took.
+
+    Args:
+        own: Of each round.
+        base: Those of what it is compared to, in the same rounds; None if that did not run.
+        num_images: Of a batch.
+    """
     median = statistics.median(own)
     return Timing(
         p50=1000 * median,
-        p95=1000 * sorted(own)[min(len(own) - 1, int(0.95 * len(own)))],
+        p95=1000 * sorted(own)[math.ceil(len(own) * 19 / 20) - 1],
         images_per_second=num_images / median,
         ratio=statistics.median(map(operator.truediv, own, base)) if base else None,
     )

@@ -282,9 +282,9 @@ def print_speed(rows: Sequence[Row]) -> None:
     from se_inject.speed import COUNTED_STEP
 
     _print_whole(_tabulate_counts(rows))
-    for row in rows:
-        if COUNTED_STEP in row.failures:
-            stdout.out(f"{row.name}: no training step is counted: {row.failures[COUNTED_STEP]}")
+    reasons = {row.name: row.failures[COUNTED_STEP] for row in rows if COUNTED_STEP in row.failures}
+    if reasons:
+        stdout.out("".join(f"{name}: no training step is counted: {reason}\n" for name, reason in reasons.items()))
     modes = dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures))
     for mode in modes:
         if mode != COUNTED_STEP:

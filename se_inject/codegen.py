@@ -14,8 +14,6 @@ import inspect
 import itertools
 import math
 import operator
-import os.path
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +22,8 @@ import torch.nn.functional
 from torch import Tensor, fx, nn
 
 from se_inject.errors import TraceError
+from se_inject.naming import get_loads, get_targets, name_variables
 from se_inject.tracing import Trace
-
-_MIN_PREFIX = 3
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,7 @@ def _write_body(owner: nn.Module, trace: Trace, names: dict[str, object]) -> lis
     statements = _unpack(statements, unpacked)
     statements = _write_effects(statements)
     layers = {node.name for node in trace.graph.nodes if node.op == "call_module"} - unpacked.keys()
-    _rename(statements, parameters, reserved, layers)
+    name_variables(statements, parameters, reserved, layers)
     statements = [s for s in statements if not _is_self_assignment(s)]
     return _inline_return(statements)
 
@@ -244,10 +241,10 @@ def _unpack(statements: list[ast.stmt], unpacked: Mapping[str, int]) -> list[ast
     rest = iter(statements)
     written = []
     for statement in rest:
-        targets = _get_targets(statement)
+        targets = get_targets(statement)
         if targets and targets[0] in unpacked:
             assert isinstance(statement, ast.Assign)
-            items = [_get_targets(next(rest))[0] for _ in range(unpacked[targets[0]])]
+            items = [get_targets(next(rest))[0] for _ in range(unpacked[targets[0]])]
             statement.targets = [ast.Tuple([ast.Name(item, ast.Store()) for item in items], ast.Store())]
         written.append(statement)
     return written
@@ -255,10 +252,10 @@ def _unpack(statements: list[ast.stmt], unpacked: Mapping[str, int]) -> list[ast
 
 def _write_effects(statements: list[ast.stmt]) -> list[ast.stmt]:
     """Write `x.append(y)` without a name for its result, where the result is not used."""
-    used = {name for statement in statements for name in _get_loads(statement)}
+    used = {name for statement in statements for name in get_loads(statement)}
     written: list[ast.stmt] = []
     for statement in statements:
-        targets = _get_targets(statement)
+        targets = get_targets(statement)
         if not isinstance(statement, ast.Assign) or not targets or used & set(targets):
             written.append(statement)
         elif not isinstance(statement.value, ast.Name):
@@ -266,26 +263,16 @@ def _write_effects(statements: list[ast.stmt]) -> list[ast.stmt]:
     return written
 
 
-def _get_targets(statement: ast.stmt) -> list[str]:
-    if not isinstance(statement, ast.Assign):
-        return []
-    return [
-        node.id
-        for node in ast.walk(statement.targets[0])
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    ]
-
-
 def _inline_reads(statements: list[ast.stmt], names: set[str]) -> list[ast.stmt]:
     """Write `self.p` where it is used for `p = self.p`, whose value is a plain one."""
-    reads = {_get_targets(s)[0]: s.value for s in statements if isinstance(s, ast.Assign) and _get_targets(s)}
+    reads = {get_targets(s)[0]: s.value for s in statements if isinstance(s, ast.Assign) and get_targets(s)}
     reads = {name: value for name, value in reads.items() if name in names}
 
     class Inline(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.AST:
             return reads.get(node.id, node) if isinstance(node.ctx, ast.Load) else node
 
-    return [Inline().visit(s) for s in statements if not names.intersection(_get_targets(s))]
+    return [Inline().visit(s) for s in statements if not names.intersection(get_targets(s))]
 
 
 def _inline_return(statements: list[ast.stmt]) -> list[ast.stmt]:
@@ -295,68 +282,3 @@ def _inline_return(statements: list[ast.stmt]) -> list[ast.stmt]:
         if isinstance(before, ast.Assign) and ast.unparse(before.targets[0]) == last.value.id:
             return [*statements[:-2], ast.Return(before.value)]
     return statements
-
-
-@dataclass
-class _Variable:
-    """A variable of the written code: the values that hold it one after the other, from the first to the last use."""
-
-    values: list[str]
-    start: int
-    end: int
-    name: str = ""
-
-
-def _rename(statements: list[ast.stmt], parameters: set[str], reserved: set[str], layers: set[str]) -> None:
-    """Let values share variables where their lives do not overlap; rewrites the names in place."""
-    loads = [_get_loads(statement) for statement in statements]
-    last_use = {name: i for i, names in enumerate(loads) for name in names}
-    num_uses = Counter(name for names in loads for name in names)
-    variables = {p: _Variable([p], 0, len(statements), p) for p in parameters}
-    for i, statement in enumerate(statements):
-        ending = [name for name in loads[i] if name in variables and last_use[name] == i]
-        ending = [name for name in ending if name not in parameters or num_uses[name] == 1]
-        if _joins_many(statement):
-            ending = []
-        for target in _get_targets(statement):
-            variable = variables[ending.pop(0)] if ending else _Variable([], i, i)
-            variable.values.append(target)
-            variable.end = max(variable.end, last_use.get(target, i))
-            variables[target] = variable
-    _choose_names(variables, reserved, layers)
-    for statement in statements:
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and node.id in variables:
-                node.id = variables[node.id].name
-
-
-def _joins_many(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Assign) and ast.unparse(statement.value).startswith("torch.cat(")
-
-
-def _get_loads(statement: ast.stmt) -> list[str]:
-    names = [node.id for node in ast.walk(statement) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
-    if isinstance(statement, ast.AugAssign) and isinstance(statement.target, ast.Name):
-        names.append(statement.target.id)
-    return list(dict.fromkeys(names))
-
-
-def _choose_names(variables: Mapping[str, _Variable], reserved: set[str], layers: set[str]) -> None:
-    """Name a variable after what its layers have in common, as `branch3x3` of `branch3x3_1` and `branch3x3_2`."""
-    chosen: list[_Variable] = []
-    for variable in {id(v): v for v in variables.values()}.values():
-        if not variable.name:
-            telling = [v for v in variable.values if v in layers] or variable.values
-            base = _find_common_name([v for v in telling if not v.startswith("getitem")])
-            options = (base if i == 1 else f"{base}_{i}" for i in range(1, len(variables) + 2))
-            overlapping = {v.name for v in chosen if v.start <= variable.end and variable.start <= v.end}
-            variable.name = next(name for name in options if name not in overlapping | reserved)
-        chosen.append(variable)
-
-
-def _find_common_name(values: list[str]) -> str:
-    prefix = os.path.commonprefix(values)  # noqa: RUF071  of characters is what is meant
-    if prefix in values:
-        return prefix
-    prefix = prefix.rstrip("_")
-    return prefix if len(prefix) >= _MIN_PREFIX and prefix.isidentifier() else "out"

@@ -26,13 +26,14 @@ from benchmarks.accuracy_networks import (
 )
 from se_inject.calibration import calibrate
 from se_inject.errors import OptionError
+from se_inject.jobs import Job
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.reading import seed_all
 from se_inject.recipe import Recipe
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate
 from se_inject.tasks import autocast, make_teacher
-from se_inject.training import Job, train
+from se_inject.training import train
 from se_inject.world import World, join_world, name_device
 
 _NUM_GLANCED = 64

@@ -16,12 +16,13 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from se_inject.formats import InputFormat
+from se_inject.jobs import Job
 from se_inject.loaders import EvalLoader
 from se_inject.recipe import Recipe
 from se_inject.rewrite import copy_model
 from se_inject.runlog import RunLog
 from se_inject.tasks import autocast
-from se_inject.training import Job, train
+from se_inject.training import train
 from se_inject.world import World
 
 _NUM_WARM = 3

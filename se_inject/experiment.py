@@ -26,6 +26,7 @@ from se_inject.datasets import Data
 from se_inject.ejection import eject
 from se_inject.errors import ArtifactError, OptionError
 from se_inject.files import write_tensors, write_whole
+from se_inject.jobs import InterruptedTrainingError, Job, Outcome
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.provenance import Source
 from se_inject.recipe import Recipe
@@ -35,7 +36,7 @@ from se_inject.runlog import RunLog
 from se_inject.signals import Signals
 from se_inject.start import Start
 from se_inject.tasks import make_teacher
-from se_inject.training import InterruptedTrainingError, Job, Outcome, train
+from se_inject.training import train
 from se_inject.world import World
 
 try:

@@ -29,6 +29,7 @@ from se_inject.ejection import eject
 from se_inject.errors import DataError, ModelError, OptionError, TrainingError
 from se_inject.gates import fix_gates, get_own_blocks, is_fresh
 from se_inject.groups import freeze_backbone
+from se_inject.jobs import InterruptedTrainingError, Job
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.plan import Plan
 from se_inject.recipe import Recipe
@@ -38,7 +39,7 @@ from se_inject.runlog import RunLog
 from se_inject.start import Start
 from se_inject.tasks import autocast
 from se_inject.timing import compare_times, time_blocks
-from se_inject.training import InterruptedTrainingError, Job, train
+from se_inject.training import train
 from se_inject.twin import set_training
 from se_inject.validation import CACHE, Validation
 from se_inject.world import World

@@ -12,7 +12,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,81 +26,18 @@ from torch import Tensor, nn
 from se_inject.calibration import calibrate
 from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write_checkpoint
 from se_inject.errors import DataError, SEInjectError, TrainingError, get_first_line
-from se_inject.loaders import EvalLoader, TrainLoader
+from se_inject.jobs import InterruptedTrainingError, Job, Outcome
 from se_inject.reading import Bad, seed_all
-from se_inject.recipe import Recipe
 from se_inject.rewrite import blocks
 from se_inject.runlog import RunLog
 from se_inject.scores import Scores, evaluate, is_out_of_memory, quote_batch_size
 from se_inject.signals import Signals
 from se_inject.stages import Stage, list_stages, set_learning, set_modes
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task
-from se_inject.world import World
 
 _CHECK_EVERY = 10
 """Steps between looks at the loss, which make a GPU wait."""
 Keep = Callable[[nn.Module, str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A network and what it is to be trained on.
-
-    Attributes:
-        model: On the world's device; its weights are changed.
-        train: The training images.
-        val: The validation images.
-        recipe: How.
-        world: With whom.
-        num_classes: The network's outputs.
-        classes: Names of the classes, if known.
-        teacher: The network whose outputs are learned from (`distill`), or that labels validation images without any.
-        is_labelled: Whether the validation images have labels.
-        fresh: Names of parameters that start from random values.
-        compiled: Whether the steps are compiled by torch.
-        settings: What tells this run from others.
-    """
-
-    model: nn.Module
-    train: TrainLoader
-    val: EvalLoader
-    recipe: Recipe
-    world: World
-    num_classes: int
-    classes: tuple[str, ...] | None = None
-    teacher: nn.Module | None = None
-    is_labelled: bool = True
-    fresh: frozenset[str] = frozenset()
-    compiled: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def num_steps(self) -> int:
-        """How many steps the recipe has."""
-        return max(1, round(self.recipe.epochs * self.train.num_steps))
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run ended with.
-
-    Attributes:
-        model: The network whose scores are given: the moving average, or the trained one without it.
-        scores: Of the validation images, at the end.
-        history: The validations, as plain values; the first one is from before the first step.
-        seconds: Time of the steps, without validation, and of interrupted runs that it went on from.
-        images_per_second: Over these.
-    """
-
-    model: nn.Module
-    scores: Scores
-    history: list[dict[str, Any]]
-    seconds: float
-    images_per_second: float
-
-
-class InterruptedTrainingError(TrainingError):
-    """The run was asked to stop, and has written where it stands."""
 
 
 def train(job: Job, folder: Path, log: RunLog, keep: Keep, *, resume: bool = False) -> Outcome:

@@ -14,9 +14,9 @@ from se_inject.block import SqueezeExcite
 from se_inject.calibration import calibrate
 from se_inject.datasets import open_data
 from se_inject.dependence import FEWEST, measure_dependence
+from se_inject.jobs import InterruptedTrainingError
 from se_inject.loaders import TrainLoader
 from se_inject.recipe import Recipe
-from se_inject.training import InterruptedTrainingError
 from se_inject.world import World
 from tests import nets
 from tests.digits import write_digits

@@ -15,13 +15,13 @@ from se_inject import blocks, inject, load, make_plan
 from se_inject.budget import Budget, spend
 from se_inject.datasets import open_data
 from se_inject.errors import DataError, ModelError, OptionError, TrainingError
+from se_inject.jobs import InterruptedTrainingError
 from se_inject.plan import Plan
 from se_inject.recipe_files import read_recipe
 from se_inject.rewrite import get_plan
 from se_inject.search import search
 from se_inject.start import prepare_start
 from se_inject.timing import time_blocks
-from se_inject.training import InterruptedTrainingError
 from se_inject.world import stay_alone
 from tests.digits import DigitNet, write_digits
 from tests.test_cli import run  # noqa: F401

@@ -17,6 +17,7 @@ from se_inject.checkpoints import CHECKPOINT, Checkpoint, read_checkpoint, write
 from se_inject.datasets import open_data
 from se_inject.errors import ArtifactError, DataError, OptionError, TrainingError
 from se_inject.formats import InputFormat
+from se_inject.jobs import InterruptedTrainingError, Job
 from se_inject.loaders import EvalLoader, TrainLoader
 from se_inject.recipe import Recipe
 from se_inject.recipe_files import read_recipe
@@ -25,7 +26,7 @@ from se_inject.scores import evaluate
 from se_inject.signals import Signals
 from se_inject.stages import Stage, list_stages
 from se_inject.tasks import autocast, make_optimizer, make_scheduler, make_task, make_teacher
-from se_inject.training import InterruptedTrainingError, Job, train
+from se_inject.training import train
 from se_inject.world import World
 from tests.digits import DigitNet, write_digits
 

@@ -5,11 +5,12 @@ Takes a network and the folds that `course` has found, changes it in place.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -48,17 +49,24 @@ def make_bias(convolution: _ConvNd) -> nn.Parameter:
     return nn.Parameter(weight.detach().new_zeros(convolution.out_channels), requires_grad=weight.requires_grad)
 
 
+def find_replaced(model: nn.Module, folds: Iterable[Fold]) -> list[Tensor]:
+    """Find the weights that `fold_norms` replaces in a copy of a model, and that nobody else has there."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    weights = (cast("_ConvNd", model.get_submodule(fold.convolution)).weight for fold in folds)
+    return [weight for weight in weights if uses[id(weight)] == 1]
+
+
 def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
     """Fold batch norms into their convolutions, in place; what a norm did beside (an activation) stays in its place."""
     for fold in folds:
         convolution = cast("_ConvNd", model.get_submodule(fold.convolution))
         norm = cast("_BatchNorm", model.get_submodule(fold.norm))
-        kind, needs_grad = convolution.weight.dtype, convolution.weight.requires_grad
-        tensors = (convolution.weight, convolution.bias, norm.running_mean, norm.running_var)
-        weight, bias, mean, variance, scale, shift = (
-            None if x is None else x.detach().double() for x in (*tensors, norm.weight, norm.bias)
+        weight = convolution.weight.detach()  # which the double ones of the norm make a double one for a moment
+        kind, needs_grad = weight.dtype, convolution.weight.requires_grad
+        bias, mean, variance, scale, shift = (
+            None if x is None else x.detach().double()
+            for x in (convolution.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         )
-        assert weight is not None
         assert mean is not None
         assert variance is not None
         is_transposed = isinstance(convolution, _ConvTransposeNd)

@@ -26,7 +26,7 @@ from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
 from se_inject.examples import fake_example, find_running, propose_examples
 from se_inject.faithful import kept_random_state
-from se_inject.folding import add_biases, become, fold_norms, make_identity
+from se_inject.folding import add_biases, become, find_replaced, fold_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.fusion import Fusion, fuse_blocks
 from se_inject.generated import derive_class, has_method, is_narrower
@@ -123,17 +123,15 @@ def find_optimization(model: nn.Module) -> object:
 
 @alone()
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
-    target = copy_model(model).eval()
-    for network in (target, twin.model):
-        for parameter in network.parameters():
-            if parameter.is_leaf:  # the twin's of a scripted layer are none
-                parameter.requires_grad_(False)
-    run = functools.partial(_follow, target, twin)
-    call, course = find_running(target, calls, run, hint="give an input of the shape that it is used on")
-    for network in (target, twin.model):
-        add_biases(network, course.folds)
+    _drop_gradients(twin.model)
+    run = functools.partial(_follow, model, twin)
+    call, course = find_running(model, calls, run, hint="give an input of the shape that it is used on")
+    add_biases(twin.model, course.folds)
     surgeries = _prepare(twin, course)
+    target = copy_model(model, find_replaced(model, course.folds)).eval()
+    add_biases(target, course.folds)
     fold_norms(target, course.folds)
+    _drop_gradients(target)
     for fold in course.folds:
         refuse_merging(target, fold.norm, "would merge norms that are folded", "optimize")
     for surgery in surgeries:
@@ -144,6 +142,12 @@ def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: b
             mark_module(module, OPTIMIZED, {**plan.calls[Entry("").key], **options})
     mark_module(target, OPTIMIZED, {**encode_call(call, get_dtype(target)), **options})
     return target
+
+
+def _drop_gradients(network: nn.Module) -> None:
+    for parameter in network.parameters():
+        if parameter.is_leaf:  # a twin's of a scripted layer are none
+            parameter.requires_grad_(False)
 
 
 @dataclass
@@ -193,7 +197,7 @@ def _follow(model: nn.Module, twin: Twin, call: Call) -> Course:
                     course = course.agree(follow_norms(twin.model, functools.partial(tap, *call.args, **call.kwargs)))
             return confirm_folds(twin.model, run, course)
     except DATA_DEPENDENT:
-        copied, given = copy_model(model), make_zeros(call, model)
+        copied, given = copy_model(model).eval().requires_grad_(False), make_zeros(call, model)
         with apart(copied), kept_random_state():
             return follow_norms(copied, functools.partial(copied, *given.args, **given.kwargs), has_steps=False)
 

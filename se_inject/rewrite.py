@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from se_inject.attention import make_block
 from se_inject.block import Gate, Squeeze, is_block, mark_block
@@ -274,15 +274,19 @@ def forget_values(graph: fx.Graph) -> fx.Graph:
     return clean
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     """Copy a model, with its tensors.
+
+    Args:
+        model: Stays as it is.
+        shared: Parameters that the copy shares with it, because they are to be replaced there at once.
 
     Raises:
         ModelError: It cannot be copied.
     """
     try:
         with torch.no_grad():  # else the parameters of a scripted module's copy would be no leaves
-            copied = copy.deepcopy(model)
+            copied = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
     except (TypeError, RuntimeError, pickle.PickleError) as error:
         line = str(error).splitlines()[0]
         raise ModelError(

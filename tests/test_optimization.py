@@ -567,3 +567,21 @@ def test_cuda_graphs(resnet, x):
             found = optimized(x)
         graph.replay()
     torch.testing.assert_close(found, expected)
+
+
+def test_a_copy_has_no_tensor_of_the_original():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+    )
+    net[4].weight = net[2].weight  # one that is folded, and one that is not
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    fast = optimize(net, torch.zeros(1, 3, 8, 8))
+    own = {x.untyped_storage().data_ptr() for x in (*net.parameters(), *net.buffers())}
+    assert not own & {x.untyped_storage().data_ptr() for x in (*fast.parameters(), *fast.buffers())}
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert torch.equal(fast[4].weight, net[4].weight)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(fast(x), net.eval()(x))

@@ -161,7 +161,8 @@ class SqueezeExcite(nn.Module):
     def _join(self, squeezed: Sequence[Tensor]) -> Tensor:
         """Join what is squeezed from all maps, in the type of the layers: a network's code may have cast a map."""
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        kind = getattr(self.fc1.weight, "dtype", None)  # a quantised layer's weight is a method
+        weight = getattr(self.fc1, "weight", None)  # of quantised layers it is a method, or within another one
+        kind = weight.dtype if isinstance(weight, Tensor) else None
         # Not for torch.fx's proxies, which cannot be asked; under autocast the layers convert what they are given.
         if not isinstance(z, Tensor) or kind in (None, z.dtype) or _is_autocast(z.device.type):
             return z

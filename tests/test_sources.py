@@ -53,7 +53,8 @@ def test_a_name_means_timm_first_and_then_torchvision(name, expected):
         ("model.pt", "there is no file model.pt"),
     ],
 )
-def test_a_wrong_name_lists_the_nearest(name, message):
+def test_a_wrong_name_lists_the_nearest(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SourceError, match=message):
         resolve_name(name)
 

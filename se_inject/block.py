@@ -161,11 +161,12 @@ class SqueezeExcite(nn.Module):
     def _join(self, squeezed: Sequence[Tensor]) -> Tensor:
         """Join what is squeezed from all maps, in the type of the layers: a network's code may have cast a map."""
         z = squeezed[0] if len(squeezed) == 1 else torch.cat(list(squeezed), 1)
-        weight = getattr(self.fc1, "weight", None)  # of quantised layers it is a method, or within another one
-        kind = weight.dtype if isinstance(weight, Tensor) else None
-        # Not for torch.fx's proxies, which cannot be asked; under autocast the layers convert what they are given.
-        if not isinstance(z, Tensor) or kind in (None, z.dtype) or _is_autocast(z.device.type):
-            return z
+        if not isinstance(z, Tensor):
+            return z  # of torch.fx, whose graph would read what is asked for
+        weight = getattr(self.fc1, "weight", None)  # of quantised layers it is a method
+        kind = weight.dtype if isinstance(weight, Tensor) else z.dtype
+        if kind == z.dtype or _is_autocast(z.device.type):
+            return z  # under autocast the layers convert what they are given
         return z.to(kind)
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,8 @@
 
 Takes a trace that is in doubt (a condition on the size, a cache, a switch of modes) and its places, gives the merges
 whose block can be written into the source as it stands, and that source. The method keeps every line that it has: only
-the operand of a merge is wrapped, `shortcut + self.drop_path(self.se(x))`. Executes nothing and changes no model.
+the operand of a merge is wrapped, `shortcut + self.drop_path(self.se(x))`, or where a sum is written on it,
+`out = self.se(out)` stands before `out += shortcut`. Executes nothing and changes no model.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -61,17 +62,21 @@ def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
     for fold in folds:
         convolution = cast("_ConvNd", model.get_submodule(fold.convolution))
         norm = cast("_BatchNorm", model.get_submodule(fold.norm))
-        weight = convolution.weight.detach()  # which the double ones of the norm make a double one for a moment
-        kind, needs_grad = weight.dtype, convolution.weight.requires_grad
+        weight, needs_grad = convolution.weight.detach(), convolution.weight.requires_grad
         bias, mean, variance, scale, shift = (
             None if x is None else x.detach().double()
             for x in (convolution.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
         )
         assert mean is not None
         assert variance is not None
+        # Torch scales a one instead of the weight, which in double precision would take twice the memory, twice.
+        one = mean.new_ones([1] * weight.ndim)
         is_transposed = isinstance(convolution, _ConvTransposeNd)
-        found = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, scale, shift, transpose=is_transposed)
-        convolution.weight, convolution.bias = (nn.Parameter(x.to(kind), needs_grad) for x in found)
+        factor, offset = fuse_conv_bn_weights(one, bias, mean, variance, norm.eps, scale, shift, transpose=is_transposed)
+        scaled = weight * factor.to(torch.promote_types(weight.dtype, torch.float32))
+        convolution.weight, convolution.bias = (
+            nn.Parameter(x.detach().to(weight.dtype), needs_grad) for x in (scaled, offset)
+        )
         become(norm, make_rest(norm))
 
 

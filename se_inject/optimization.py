@@ -42,6 +42,7 @@ _TAP = "forward_intermediates"
 """timm's way to read maps between layers."""
 
 
+@alone()
 @torch.inference_mode(False)
 def optimize(model: nn.Module, example: object = None, *, kernels: bool = False) -> nn.Module:
     """Make a network faster for evaluation; the outputs stay equal up to rounding.
@@ -99,6 +100,7 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
     return _optimize(model, twin, calls, kernels=kernels)
 
 
+@alone()
 def optimize_again(model: nn.Module, values: object) -> nn.Module:
     """Optimize a network as another one of its kind was.
 
@@ -121,7 +123,6 @@ def find_optimization(model: nn.Module) -> object:
     return find_mark(model, OPTIMIZED)
 
 
-@alone()
 def _optimize(model: nn.Module, twin: Twin, calls: Iterable[Call], *, kernels: bool) -> nn.Module:
     _drop_gradients(twin.model)
     run = functools.partial(_follow, model, twin)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.utils._pytree import tree_map
 
 from se_inject.calls import METHODS, Call, Entry
@@ -26,7 +26,7 @@ from se_inject.faithful import kept_random_state, watch_state
 from se_inject.instructions import lists_children
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
-from se_inject.twin import Twin, apart, check_model, get_device, make_twin, set_training
+from se_inject.twin import FakeMode, Twin, apart, check_model, get_device, make_twin, set_training
 
 # What a forward raises over fake tensors where it asks for values.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
@@ -115,7 +115,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     raise ExampleError(message) from reason
 
 
-def _run_real(model: nn.Module, call: Call, mode: FakeTensorMode) -> tuple[dict[Entry, Visit], list[LayerVisit]]:
+def _run_real(model: nn.Module, call: Call, mode: FakeMode) -> tuple[dict[Entry, Visit], list[LayerVisit]]:
     """Run a copy of a network whose course depends on its data, as detection's does, on real zeros.
 
     What its modules are called with is made fake afterwards.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 from typer.core import TyperGroup
 
 from se_inject import __version__, console
@@ -99,5 +98,5 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    console.stderr.print(f"[bold red]error:[/] {escape(message)}")
+    console.fail(message)
     sys.exit(1)

@@ -45,9 +45,24 @@ stdout = Console(highlight=False, emoji=False, width=_width)
 stderr = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
 
+def get_rank() -> int:
+    """Return the number of this process among those that torchrun or SLURM started together; 0 if it is alone."""
+    for size, rank in (("WORLD_SIZE", "RANK"), ("SLURM_NTASKS", "SLURM_PROCID")):
+        if os.environ.get(size, "1") != "1":
+            return int(os.environ.get(rank, "0"))
+    return 0
+
+
 def talk(line: str) -> None:
-    """Tell the user something that is not data."""
-    stderr.print(escape(line))
+    """Tell the user something that is not data; of many processes the first one does."""
+    if not get_rank():
+        stderr.print(escape(line))
+
+
+def fail(message: str) -> None:
+    """Tell the user why the program ends; processes other than the first one give their number."""
+    where = f" in process {rank}" if (rank := get_rank()) else ""
+    stderr.print(f"[bold red]error{where}:[/] {escape(message)}")
 
 
 def print_json(values: object) -> None:

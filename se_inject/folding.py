@@ -71,8 +71,9 @@ def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
         assert variance is not None
         # Torch scales a one instead of the weight, which in double precision would take twice the memory, twice.
         one = mean.new_ones([1] * weight.ndim)
+        statistics = mean, variance, norm.eps, scale, shift
         is_transposed = isinstance(convolution, _ConvTransposeNd)
-        factor, offset = fuse_conv_bn_weights(one, bias, mean, variance, norm.eps, scale, shift, transpose=is_transposed)
+        factor, offset = fuse_conv_bn_weights(one, bias, *statistics, transpose=is_transposed)
         scaled = weight * factor.to(torch.promote_types(weight.dtype, torch.float32))
         convolution.weight, convolution.bias = (
             nn.Parameter(x.detach().to(weight.dtype), needs_grad) for x in (scaled, offset)

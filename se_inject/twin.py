@@ -29,7 +29,7 @@ _NESTED: list[bool] = []
 _NORM = torch.ops.aten.native_batch_norm.default
 
 
-class FakeMode(FakeTensorMode):
+class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch
     """Torch's mode, which tells the shapes of a batch norm at once.
 
     Torch's own takes the norm apart into some twenty operations for each shape that it has not met yet: a quarter of

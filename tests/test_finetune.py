@@ -298,6 +298,7 @@ def test_two_processes_end_as_one_does(data, tmp_path):
     for name, processes in (("one", 1), ("two", 2)):
         codes[name] = finish(start(*args, "--out", f"{name}.pt", folder=tmp_path, processes=processes))
     assert codes["one"][0] == codes["two"][0] == 0, codes
+    assert [out.count(", weights: ") for _, out in codes.values()] == [1, 1]  # one process talks
     one, two = (load(tmp_path / f"{name}.pt", base=DigitNet) for name in ("one", "two"))
     for key, value in one.state_dict().items():
         # The gradients of two halves are added up in another order than those of a whole.
@@ -310,6 +311,13 @@ def test_two_processes_end_as_one_does(data, tmp_path):
     losses = [[line["loss"] for line in of_run if "loss" in line] for of_run in lines]  # of all images of a step
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     assert len(losses[0]) >= 1
+
+
+def test_errors_of_many_processes_say_whose_they_are(data, tmp_path):
+    code, out = finish(start("finetune", NET, "--data", data, "--seeds", "0", folder=tmp_path, processes=2))
+    assert code != 0
+    message = "--seeds is 0; it must be at least 1"
+    assert {f"error: {message}", f"error in process 1: {message}"} <= set(out.splitlines())
 
 
 def test_a_process_that_dies_stops_the_run_which_then_goes_on(data, tmp_path):

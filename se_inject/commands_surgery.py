@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, Opened, open_model, read_options, takes
+from se_inject.arguments import AsJson, InputSize, Opened, open_model, read_options, takes
+from se_inject.errors import OptionError
 
 if TYPE_CHECKING:
     from se_inject.provenance import Source
@@ -23,6 +24,7 @@ def run_inject(
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="Where to write (.pt, .pth or .safetensors).")
     ] = Path("model.pt"),
+    input_size: InputSize = None,
     read_options: Callable[[], dict[str, Any]],
     as_json: AsJson = False,
 ) -> None:
@@ -33,11 +35,11 @@ def run_inject(
     from se_inject.reading import seed_all
     from se_inject.rewrite import get_plan, inject
 
-    options = read_options()
+    options = _read_sized(read_options, input_size)
     check_target(out)  # before a download and not after it
     seed_all(0)  # blocks, and weights that are not fetched, are drawn: the same command gives the same file
     network, source = open_model()
-    injected = inject(network, inplace=True, **options)
+    injected = inject(network, inplace=True, example=input_size, **options)
     plan = get_plan(injected)
     before, after = compare_costs(injected, plan)  # runs it, before anything is written
     save(injected, out, source=source)
@@ -56,6 +58,7 @@ def run_inject(
 def run_plan(
     open_model: Callable[[], Opened],
     *,
+    input_size: InputSize = None,
     read_options: Callable[[], dict[str, Any]],
     graph: Annotated[Path | None, typer.Option("--graph", metavar="FILE", help="Draw the plan as an SVG.")] = None,
     as_json: AsJson = False,
@@ -64,14 +67,17 @@ def run_plan(
     from se_inject.costs import compare_costs
     from se_inject.files import check_target
     from se_inject.picture import SVG, draw_network
-    from se_inject.rewrite import get_plan
+    from se_inject.rewrite import find_plan, get_plan
     from se_inject.start import inject_once
 
-    options = read_options()
+    options = _read_sized(read_options, input_size)
     if graph is not None:
         check_target(graph, (SVG,))
     network, source = open_model()
-    network = inject_once(network, options, inplace=True)  # an artifact shows the plan that it was made with
+    if input_size is not None and find_plan(network) is not None:
+        raise OptionError(f"{type(network).__name__} has its blocks already; leave out --input-size")
+    # An artifact shows the plan that it was made with.
+    network = inject_once(network, options, input_size=input_size, inplace=True)
     if graph is not None:
         draw_network(network, graph)
         console.talk(f"wrote {graph}")
@@ -81,6 +87,13 @@ def run_plan(
         console.print_json({**_describe_source(source), **console.describe_plan(plan, before, after)})
     else:
         console.print_plan(plan, before, after)
+
+
+def _read_sized(read_options: Callable[[], dict[str, Any]], input_size: int | None) -> dict[str, Any]:
+    options = read_options()
+    if input_size is not None and "plan" in options:
+        raise OptionError("--plan holds the size of the images already; leave out --input-size, or --plan")
+    return options
 
 
 def _describe_source(source: Source | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from se_inject.artifact import save
 from se_inject.calls import Call, Entry, decode_call
 from se_inject.errors import ExportError, ModelError
-from se_inject.examples import fake_example, find_running, propose_examples
+from se_inject.examples import find_running, list_calls
 from se_inject.files import SUFFIXES, check_target, write_whole
 from se_inject.fused import FusedSqueezeExcite
 from se_inject.optimization import find_optimization, optimize
@@ -178,11 +178,8 @@ def _find_call(model: nn.Module, example: object, input_size: int | None) -> Cal
     plan, values = find_plan(model), find_optimization(model)
     if values is None and plan is not None:
         values = plan.calls[Entry("").key]
-    calls: Iterable[Call]
-    if example is not None:
-        calls = [fake_example(twin, example)]
-    else:
-        calls = propose_examples(twin) if values is None else [decode_call(values, twin)]
+    is_known = example is None and values is not None
+    calls = [decode_call(values, twin)] if is_known else list_calls(twin, example)
     drawn = (draw_call(call, model, input_size=input_size) for call in calls)
     run = functools.partial(run_call, model)
     return find_running(model, drawn, run, hint="give the size that it is used on (--input-size, example=)")[0]

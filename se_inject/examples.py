@@ -26,18 +26,30 @@ _USUAL_SIZES: dict[int, list[tuple[int, ...]]] = {
 }
 
 
-def fake_example(twin: Twin, example: object) -> Call:
-    """Turn a given example into a call.
+def list_calls(twin: Twin, example: object) -> list[Call]:
+    """List the calls that a network may run on, the likeliest first.
+
+    Args:
+        twin: The network's.
+        example: An input (N, C, H, W), a tuple of arguments, a dict of keyword arguments, or the height and width of
+            images; from the configuration that timm's networks carry, or of usual sizes, if None.
 
     Raises:
-        ExampleError: It holds no tensor.
+        ExampleError: It holds no tensor, or is a size below 1.
     """
+    if example is None or isinstance(example, int):
+        return list(_propose_calls(twin, example))
+    return [_fake_call(twin, example)]
+
+
+def _fake_call(twin: Twin, example: object) -> Call:
     kwargs = dict(example) if isinstance(example, Mapping) else {}
     args = example if isinstance(example, tuple) else () if kwargs else (example,)
     leaves = tree_leaves((args, kwargs))
     if not any(isinstance(x, Tensor) for x in leaves):
         raise ExampleError(
-            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W) or a tuple"
+            f"example= is a {type(example).__name__} without a tensor; give an input (N, C, H, W), a tuple, or the "
+            f"height and width of images"
         )
 
     def fake(x: object) -> object:
@@ -50,22 +62,27 @@ def fake_example(twin: Twin, example: object) -> Call:
     return Call(*tree_map(fake, (args, kwargs)))
 
 
-def propose_examples(twin: Twin) -> Iterator[Call]:
+def _propose_calls(twin: Twin, size: int | None) -> Iterator[Call]:
     """Propose inputs, the likeliest first; none for a network without convolutions."""
+    if size is not None and size < 1:
+        raise ExampleError(f"the input size is {size}; it must be at least 1")
     stem = next((m for m in twin.model.modules() if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.Conv3d))), None)
     if stem is None:
         return
     config = getattr(twin.model, "pretrained_cfg", None) or getattr(twin.model, "default_cfg", None)
     known = config.get("input_size") if isinstance(config, Mapping) else getattr(config, "input_size", None)
-    sizes: list[tuple[int, ...]] = list(_USUAL_SIZES[len(stem.kernel_size)])
+    num_dims = len(stem.kernel_size)
+    sizes: list[tuple[int, ...]] = list(_USUAL_SIZES[num_dims])
     channels = [stem.in_channels]
     if known is not None:
         sizes.insert(0, tuple(known[1:]))
         channels.append(known[0])  # the first convolution sees more where a network folds space into channels
+    if size is not None:
+        sizes = [(size,) * num_dims]
     num_inputs = _count_required(twin.model)
-    for size in dict.fromkeys(sizes):
+    for shape in dict.fromkeys(sizes):
         for num in dict.fromkeys((*channels, 3, 1)):
-            image = twin.make_tensor((2, num, *size), get_dtype(twin.model))
+            image = twin.make_tensor((2, num, *shape), get_dtype(twin.model))
             yield Call((image,) * num_inputs, {})
 
 

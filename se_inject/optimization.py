@@ -24,7 +24,7 @@ from se_inject.confirmation import confirm_folds
 from se_inject.course import Course, follow_norms
 from se_inject.equivalence import find_difference
 from se_inject.errors import ModelError, TraceError
-from se_inject.examples import fake_example, find_running, propose_examples
+from se_inject.examples import find_running, list_calls
 from se_inject.faithful import kept_random_state
 from se_inject.folding import add_biases, become, find_replaced, fold_norms, make_identity
 from se_inject.fused import FusedSqueezeExcite
@@ -60,8 +60,8 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
 
     Args:
         model: From `inject` or `load`, or any other network, with injected ones in it or without. It is not changed.
-        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; if None, that of the
-            injection, or else one is found.
+        example: An input (N, C, H, W), a tuple of arguments, a dict of keyword arguments, or the height and width of
+            images; if None, that of the injection, or else one is found.
         kernels: Whether the blocks run the operators of `se_inject.kernels`, which are Triton kernels on a GPU. These
             were tested in Triton's interpreter, compiled for GPUs and never timed on one, which is why they are off by
             default. A block that they do not suit (several maps, channels last in the code, a squeeze to the maximum,
@@ -93,10 +93,10 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
         raise ModelError("the model is compiled; optimize first (the model before torch.compile), compile after")
     plan = find_plan(model)
     twin = make_twin(model)
-    if example is not None:
-        calls: Iterable[Call] = [fake_example(twin, example)]
+    if example is None and plan is not None:
+        calls = [decode_call(plan.calls[Entry("").key], twin)]
     else:
-        calls = propose_examples(twin) if plan is None else [decode_call(plan.calls[Entry("").key], twin)]
+        calls = list_calls(twin, example)
     return _optimize(model, twin, calls, kernels=kernels)
 
 

@@ -86,7 +86,8 @@ def make_plan(
         skip_last_stage: Leave out the last stage, which has most of the parameters.
         include: Patterns of paths that alone receive blocks, as in `layer3.*`; all if empty.
         exclude: Patterns of paths that receive none.
-        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
+        example: An input (N, C, H, W), a tuple of arguments, a dict of keyword arguments, or the height and width of
+            images; found if None.
 
     Raises:
         ModelError: The model cannot be changed (wrapped, compiled, scripted, quantised, injected already).

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError, get_first_line
-from se_inject.examples import describe_shapes, fake_example, propose_examples
+from se_inject.examples import describe_shapes, list_calls
 from se_inject.faithful import kept_random_state, watch_state
 from se_inject.instructions import lists_children
 from se_inject.layouts import find_channel_dim, set_channel_dim
@@ -81,8 +81,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
 
     Args:
         model: The network; it is neither run nor changed.
-        example: An input (N, C, H, W), a tuple of positional arguments, a dict of keyword arguments, or None to find
-            one: from the configuration that timm's networks carry, or by trying usual sizes.
+        example: See `list_calls`.
 
     Raises:
         ModelError: The model cannot be copied.
@@ -91,7 +90,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
     check_model(model)
     twin = make_twin(model)
     is_changed = watch_state(twin.model)
-    tries = [fake_example(twin, example)] if example is not None else list(propose_examples(twin))
+    tries = list_calls(twin, example)
     failures: list[tuple[Call, Exception]] = []
     for call in tries:
         visits: dict[Entry, Visit] = {}
@@ -105,7 +104,7 @@ def probe_model(model: nn.Module, *, example: object = None) -> Probe:
         _visit_training(twin, call, visits)
         # A twin that ran may hold what its forward left behind, such as a cache; the code is read from a fresh one.
         return Probe(make_twin(model, twin.mode) if is_changed() else twin, visits, layers)
-    hint = "give example= with the shape that it is trained on"
+    hint = "give example= (--input-size) with the shape that it is trained on"
     if not failures:
         raise ExampleError(f"{type(model).__name__} has no convolution to tell its input channels; {hint}")
     first, reason = failures[0]

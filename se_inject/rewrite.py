@@ -81,7 +81,8 @@ def inject(
         skip_last_stage: Leave out the last stage.
         include: Patterns of paths that alone receive blocks.
         exclude: Patterns of paths that receive none.
-        example: An input (N, C, H, W), a tuple of arguments or a dict of keyword arguments; found if None.
+        example: An input (N, C, H, W), a tuple of arguments, a dict of keyword arguments, or the height and width of
+            images; found if None.
         inplace: Change the given model, instead of a copy.
 
     Raises:

@@ -134,7 +134,7 @@ def measure_network(
         ExampleError: A network does not run on the input.
     """
     _check_networks(network, peers or {})
-    injected = inject_once(network, options or {})
+    injected = inject_once(network, options or {}, input_size=conditions.input_size)
     networks = {PLAIN: eject(injected), INJECTED: injected, **(peers or {})}
     shape = _choose_shape(injected, conditions)
     before = torch.get_num_threads()

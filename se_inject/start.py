@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from se_inject.errors import DataError, OptionError, SourceError
@@ -67,10 +66,7 @@ def prepare_start(
         OptionError: The input size is below 1, or the network has its blocks already and options of `inject` are given.
     """
     check_input_size(input_size)
-    example = None
-    if input_size is not None and "plan" not in options and find_plan(model) is None:
-        example = torch.zeros(2, count_channels(model), input_size, input_size)  # a plan has one of its own
-    model = inject_once(model, options, example=example, inplace=True)
+    model = inject_once(model, options, input_size=input_size, inplace=True)
     form = read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)
     fresh: frozenset[str] = frozenset()
@@ -96,21 +92,22 @@ def prepare_start(
 
 
 def inject_once(
-    model: nn.Module, options: Mapping[str, Any], *, example: object = None, inplace: bool = False
+    model: nn.Module, options: Mapping[str, Any], *, input_size: int | None = None, inplace: bool = False
 ) -> nn.Module:
     """Inject where that has not been done.
 
     Args:
         model: With blocks or without.
         options: Of `inject`; there must be none where the network has its blocks.
-        example: Likewise of `inject`.
-        inplace: Likewise.
+        input_size: Height and width of the images that the plan is made for, where one is made.
+        inplace: Likewise of `inject`.
 
     Raises:
         OptionError: The network has its blocks already, and options are given.
         EmptyPlanError: The network has no place for a block.
     """
     if find_plan(model) is None:
+        example = None if "plan" in options else input_size
         return inject(model, example=example, inplace=inplace, **options)
     if options:
         given = next(iter(options)).replace("_", "-")

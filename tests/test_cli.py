@@ -10,8 +10,24 @@ from PIL import Image
 
 from se_inject import blocks, load
 from se_inject.cli import main
+from se_inject.rewrite import get_plan
 from tests.forgery import forge
 from tests.test_sources import unreachable  # noqa: F401
+
+RIGID = """
+from torch import nn
+
+
+class Rigid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16 * 400, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((x + self.body(x)).flatten(1))
+"""
 
 
 @pytest.fixture
@@ -51,6 +67,22 @@ def test_a_model_name_is_enough(run, tmp_path, weights):
     original.load_state_dict(torch.load(weights))
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(load(tmp_path / "model.pt")(x), original.eval()(x))
+
+
+def test_a_network_of_an_unusual_size_is_told_it(run, tmp_path, monkeypatch):
+    (tmp_path / "rigid.py").write_text(RIGID)
+    monkeypatch.syspath_prepend(tmp_path)
+    for command in ("inject", "plan"):
+        code, _, err = run(command, "rigid:Rigid")
+        assert (code, "give example= (--input-size)" in err) == (1, True)
+        assert run(command, "rigid:Rigid", "--input-size", "20")[0] == 0
+    code, out, _ = run("bench", "rigid:Rigid", "--input-size", "20", "--rounds", "1", "--no-compile", "--json")
+    assert (code, json.loads(out)["shape"]) == (0, [1, 1, 20, 20])
+    assert "leave out --input-size" in run("plan", "model.pt", "--trust-source", "--input-size", "20")[2]
+    (tmp_path / "plan.json").write_text(get_plan(load("model.pt", trust_source=True)).to_json())
+    code, _, err = run("rigid:Rigid", "--plan", "plan.json", "--input-size", "20")
+    assert (code, "leave out --input-size, or --plan" in err) == (1, True)
+    assert run("rigid:Rigid", "--plan", "plan.json")[0] == 0
 
 
 def test_the_verb_can_be_written_out(run):

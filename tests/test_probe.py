@@ -113,6 +113,27 @@ def test_an_example_of_the_wrong_shape_is_named():
         probe_model(nets.TwoBranches(), example=torch.zeros(2, 5, 16, 16))
 
 
+class Rigid(nn.Module):
+    """Takes one size, which is none of the usual ones."""
+
+    def __init__(self, conv=nn.Conv2d, dims=2):
+        super().__init__()
+        self.conv, self.head = conv(1, 4, 3, padding=1), nn.Linear(4 * 20**dims, 2)
+
+    def forward(self, x):
+        return self.head(self.conv(x).flatten(1))
+
+
+def test_the_example_can_be_a_size_alone():
+    with pytest.raises(ExampleError, match=r"shape \(2, 1, 224, 224\).*give example= \(--input-size\)"):
+        probe_model(Rigid())
+    assert probed_shape(Rigid(), example=20) == (2, 1, 20, 20)
+    assert probed_shape(Rigid(nn.Conv1d, 1), example=20) == (2, 1, 20)
+    assert probed_shape(Rigid(nn.Conv3d, 3), example=20) == (2, 1, 20, 20, 20)
+    with pytest.raises(ExampleError, match="the input size is 0; it must be at least 1"):
+        probe_model(Rigid(), example=0)
+
+
 def test_trying_inputs_makes_no_noise():
     script = (
         "import torch, se_inject; from torch import nn; from tests import nets\n"

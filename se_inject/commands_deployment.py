@@ -10,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, open_peer, read_options, takes
+from se_inject.arguments import AsJson, Device, InputSize, Opened, open_model, open_peer, takes
 from se_inject.errors import OptionError
+from se_inject.plan_arguments import read_options
 
 
 @takes(open_model=open_model)
@@ -129,6 +130,7 @@ def run_bench(
 ) -> None:
     """Measure what SE costs: bytes, memory and time of the plain, the injected, the optimized network and of peers."""
     from se_inject.speed import measure_network
+    from se_inject.speed_tables import print_speed
     from se_inject.timing import Conditions
     from se_inject.world import choose_device
 
@@ -151,7 +153,7 @@ def run_bench(
     if as_json:
         console.print_json({"model": open_model.keywords["model"], **measured.to_values()})
     else:
-        console.print_speed(measured.rows)
+        print_speed(measured.rows)
         console.talk(measured.describe())
 
 

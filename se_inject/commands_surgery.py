@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, InputSize, Opened, open_model, read_options, takes
+from se_inject.arguments import AsJson, InputSize, Opened, open_model, takes
 from se_inject.errors import OptionError
+from se_inject.plan_arguments import read_options
+from se_inject.plan_tables import describe_plan, print_plan
 
 if TYPE_CHECKING:
     from se_inject.provenance import Source
@@ -44,7 +46,7 @@ def run_inject(
     before, after = compare_costs(injected, plan)  # runs it, before anything is written
     save(injected, out, source=source)
     if as_json:
-        console.print_json({"out": str(out), **_describe_source(source), **console.describe_plan(plan, before, after)})
+        console.print_json({"out": str(out), **_describe_source(source), **describe_plan(plan, before, after)})
         return
     growth = f"{before.parameters:,} -> {after.parameters:,} parameters"
     if plan.note:
@@ -84,9 +86,9 @@ def run_plan(
     plan = get_plan(network)
     before, after = compare_costs(network, plan)
     if as_json:
-        console.print_json({**_describe_source(source), **console.describe_plan(plan, before, after)})
+        console.print_json({**_describe_source(source), **describe_plan(plan, before, after)})
     else:
-        console.print_plan(plan, before, after)
+        print_plan(plan, before, after)
 
 
 def _read_sized(read_options: Callable[[], dict[str, Any]], input_size: int | None) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from se_inject.arguments import (
     Opened,
     name_data,
     open_model,
-    read_options,
     read_validation,
     takes,
 )
+from se_inject.plan_arguments import read_options
 
 
 @takes(open_model=open_model, name_data=name_data, read_options=read_options)

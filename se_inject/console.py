@@ -1,6 +1,6 @@
-"""Console: tables and lines for a person, JSON for a program.
+"""Console: tables and lines for a person, JSON for a program. Data go to stdout, talk to stderr.
 
-Takes plans, costs and predictions, gives rich renderables and plain values. Data go to stdout, talk to stderr.
+Takes what the stages found, and prints it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -24,18 +23,13 @@ if TYPE_CHECKING:
 
     from rich.progress import Progress
 
-    from se_inject.costs import Costs
     from se_inject.finetune import Tuned
     from se_inject.images import Prediction
-    from se_inject.plan import Plan
     from se_inject.scores import Scores
     from se_inject.search import Found
     from se_inject.simplify import Simplified
-    from se_inject.speed import Row
 
 _WIDTH_OF_PIPES = 140
-_COLUMNS = ("block", "kind", "merge", "branch", "channels", "hidden", "parameters")
-_GAP = 2
 _NUM_CLASSES = 20
 """Classes that are shown to a person."""
 # A pipe has no width of its own; rich would take 80 columns, in which long paths do not fit.
@@ -68,97 +62,6 @@ def fail(message: str) -> None:
 def print_json(values: object) -> None:
     """Print plain values as JSON on stdout."""
     stdout.out(json.dumps(values, indent=1))
-
-
-def print_plan(plan: Plan, before: Costs, after: Costs) -> None:
-    """Print a plan as tables: the sites, what is passed over and why, and the totals."""
-    if plan.note:
-        stdout.print(escape(plan.note))
-    stdout.print(_tabulate_sites(plan))
-    if plan.passed_over:
-        stdout.print(_tabulate_passed_over(plan))
-    stdout.print(_tabulate_costs(before, after))
-
-
-def _tabulate_sites(plan: Plan) -> Table:
-    rows = [
-        (
-            site.path,
-            site.kind,
-            site.merge,
-            site.describe_branches(),
-            f"{site.channels}",
-            f"{site.hidden or ''}",
-            f"{site.num_parameters:,}",
-        )
-        for site in plan.sites
-    ]
-    widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
-    # Each row keeps to one line: where the terminal is narrow, merge and branch give way.
-    spare = stdout.width - sum(widths) - _GAP * len(widths) + widths[2] + widths[3]
-    widths[3] = min(widths[3], max(len("branch"), spare // 2))
-    widths[2] = min(widths[2], max(len("merge"), spare - widths[3]))
-    title = f"{plan.model}: {len(plan.sites)} blocks, {plan.num_parameters:,} parameters"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", padding=(0, _GAP - 1, 0, 0), pad_edge=False)
-    for i, (name, width) in enumerate(zip(_COLUMNS, widths, strict=True)):
-        table.add_column(name, width=width, no_wrap=True, justify="right" if i > 3 else "left")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
-
-
-def _tabulate_passed_over(plan: Plan) -> Table:
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"passed over: {plan.count_reasons().total()} merges", title_justify="left"
-    )
-    table.add_column("merges", justify="right")
-    for name in ("kind", "where", "reason"):
-        table.add_column(name, overflow="fold")
-    for (kind, reason), num in plan.count_reasons().items():
-        owners = [item.owner or "(root)" for item in plan.passed_over if (item.kind, item.reason) == (kind, reason)]
-        where = owners[0] if len(owners) == 1 else f"{owners[0]} .. {owners[-1]}"
-        table.add_row(str(num), kind, escape(where), escape(reason))
-    return table
-
-
-def _tabulate_costs(before: Costs, after: Costs) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "before", "after", "change"):
-        table.add_column(name, justify="left" if not name else "right")
-    rows: list[tuple[str, float | None, float | None, str]] = [
-        ("parameters", before.parameters, after.parameters, "{:,}"),
-        ("GMACs an image", _scale(before.macs, 1e9), _scale(after.macs, 1e9), "{:,.5g}"),
-        ("size in MB", _scale(before.size, 1e6), _scale(after.size, 1e6), "{:,.1f}"),
-    ]
-    for name, old, new, form in rows:
-        if old is None or new is None:
-            table.add_row(name, "not known", "not known", "")
-        else:
-            table.add_row(name, form.format(old), form.format(new), f"{(new / old - 1) * 100:+.2f} %" if old else "")
-    return table
-
-
-def _scale(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit
-
-
-def describe_plan(plan: Plan, before: Costs, after: Costs) -> dict[str, Any]:
-    """Turn a plan and its totals into plain values."""
-    sites = [{"path": site.path, **asdict(site)} for site in plan.sites]
-    return {
-        "model": plan.model,
-        **plan.to_settings(),
-        "note": plan.note,
-        "sites": sites,
-        "passed_over": [asdict(item) for item in plan.passed_over],
-        "before": describe_costs(before),
-        "after": describe_costs(after),
-    }
-
-
-def describe_costs(costs: Costs) -> dict[str, int | None]:
-    """Turn costs into plain values: counts, bytes, and operations for one image."""
-    return {"parameters": costs.parameters, "size_bytes": costs.size, "flops": costs.flops, "macs": costs.macs}
 
 
 def print_predictions(predictions: Mapping[str, Sequence[Prediction]]) -> None:
@@ -203,7 +106,7 @@ def print_search(found: Found, out: Path) -> None:
         gain = "not tried" if each.gain is None else f"{each.gain:+.5f}"
         verdict = "in the plan" if each.is_chosen else "left out"
         table.add_row(escape(each.path), form.format(each.cost), f"{each.gradient:.2e}", gain, verdict)
-    _print_whole(table)
+    print_whole(table)
     if found.note:
         talk(found.note)
     num = sum(each.is_chosen for each in found.candidates)
@@ -226,14 +129,14 @@ def print_simplified(simplified: Simplified, out: Path) -> None:
         table.add_row(
             escape(step.path), what, f"{step.top1:.2f} %", change, f"{step.parameters:,}", f"x{step.speed:.2f}"
         )
-    _print_whole(table)
+    print_whole(table)
     if simplified.kept:
         kept = Table(box=box.SIMPLE_HEAD, title="blocks that stay", title_justify="left")
         for name in ("block", "reason"):
             kept.add_column(name)
         for path, reason in simplified.kept.items():
             kept.add_row(escape(path), escape(reason))
-        _print_whole(kept)
+        print_whole(kept)
     after, num = simplified.after.top1, simplified.num_folded + len(simplified.kept)
     stdout.out(
         f"{out}: {simplified.num_folded} of {num} blocks folded, top-1 {start:.2f} -> {after:.2f} % on "
@@ -257,7 +160,7 @@ def print_tuned(tuned: Tuned) -> None:
             f"{result.seconds:,.0f} s",
             f"{result.images_per_second:,.0f}",
         )
-    _print_whole(table)
+    print_whole(table)
     if tuned.difference is not None:
         stdout.print(escape(f"{tuned.difference}"))
     for note in tuned.notes:
@@ -284,7 +187,7 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
             f"{names[j][0]} {int(wrong[j])}" for j in wrong.argsort(descending=True)[:3].tolist() if wrong[j]
         )
         table.add_row(escape(name), str(counts[i]), "-" if top1 is None else f"{top1:.2f} %", escape(others))
-    _print_whole(table)
+    print_whole(table)
     if len(order) > _NUM_CLASSES:
         talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
     if unreadable:
@@ -292,58 +195,7 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
         talk(f"{images} could not be read, not counted: {', '.join(unreadable[:5])}")
 
 
-def print_speed(rows: Sequence[Row]) -> None:
-    """Print what SE costs: what was counted, and what was timed; each in relation to its base."""
-    from se_inject.speed import COUNTED_STEP
-
-    _print_whole(_tabulate_counts(rows))
-    reasons = {row.name: row.failures[COUNTED_STEP] for row in rows if COUNTED_STEP in row.failures}
-    if reasons:
-        stdout.out("".join(f"{name}: no training step is counted: {reason}\n" for name, reason in reasons.items()))
-    modes = dict.fromkeys(mode for row in rows for mode in (*row.timings, *row.failures))
-    for mode in modes:
-        if mode != COUNTED_STEP:
-            _print_whole(_tabulate_times(rows, mode))
-
-
-def _tabulate_counts(rows: Sequence[Row]) -> Table:
-    by_name = {row.name: row for row in rows}
-    fields = {
-        "bytes_moved": "MB moved",
-        "bytes_training": "training step",
-        "bytes_saved": "MB saved",
-        "peak": "peak MB",
-        "peak_training": "training step",
-    }
-    table = Table(box=box.SIMPLE_HEAD, title="counted", title_justify="left")
-    for name in ("network", "parameters", "GFLOPs an image", *fields.values()):
-        table.add_column(name, justify="left" if name == "network" else "right")
-    for row in rows:
-        cells = [escape(row.name), f"{row.parameters:,}", f"{row.flops / 1e9:.3f}"]
-        for field in fields:
-            value, plain = getattr(row, field), getattr(by_name[row.base], field)
-            cells.append("" if value is None else f"{value / 1e6:,.1f}" + (f"  x{value / plain:.3f}" if plain else ""))
-        table.add_row(*cells)
-    return table
-
-
-def _tabulate_times(rows: Sequence[Row], mode: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=mode, title_justify="left")
-    for name in ("network", "p50 ms", "p95 ms", "images/s", "time", "compared to"):
-        table.add_column(name, justify="left" if name in ("network", "compared to") else "right")
-    for row in rows:
-        timing = row.timings.get(mode)
-        if mode in row.failures:
-            table.add_row(escape(row.name), "-", "-", "-", "-", escape(row.failures[mode]))
-        if timing is None:
-            continue
-        ratio = "" if timing.ratio is None else f"x{timing.ratio:.3f}"
-        numbers = (f"{timing.p50:.2f}", f"{timing.p95:.2f}", f"{timing.images_per_second:,.1f}", ratio)
-        table.add_row(escape(row.name), *numbers, escape(row.base))
-    return table
-
-
-def _print_whole(table: Table) -> None:
+def print_whole(table: Table) -> None:
     """Print a table with each row on one line, which a narrow terminal breaks but no number is lost."""
     width = Measurement.get(stdout, stdout.options.update(max_width=1000), table).maximum
     Console(highlight=False, emoji=False, width=max(width, stdout.width), file=stdout.file).print(table)

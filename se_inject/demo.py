@@ -17,6 +17,7 @@ from se_inject.costs import compare_costs
 from se_inject.errors import SEInjectError
 from se_inject.files import read_state_dict
 from se_inject.images import Prediction, make_transform, predict_image
+from se_inject.plan_tables import print_plan
 from se_inject.rewrite import get_plan, inject
 from se_inject.sources import Network, load_weights, open_network
 
@@ -78,7 +79,7 @@ def run(out: Path) -> None:
     console.talk(f"{network.source}, weights: {network.source.weights}")
     injected = inject(network.model, r=16)
     plan = get_plan(injected)
-    console.print_plan(plan, *compare_costs(injected, plan))
+    print_plan(plan, *compare_costs(injected, plan))
     with tempfile.TemporaryDirectory() as folder:
         photographs = write_photographs(Path(folder))
         transform = make_transform(network.source)

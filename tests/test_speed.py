@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from se_inject import blocks, eject, inject, optimize
-from se_inject.console import print_speed
 from se_inject.errors import ExampleError, ModelError, OptionError
 from se_inject.rewrite import get_plan
 from se_inject.speed import COUNTED_STEP, Row, compare_speed, measure_network
 from se_inject.speed_chart import draw_speed
+from se_inject.speed_tables import print_speed
 from se_inject.timing import Conditions, Timing, summarise_times
 from se_inject.world import name_device
 from tests import nets

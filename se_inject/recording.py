@@ -159,7 +159,7 @@ class ShallowTracer(fx.Tracer):
         self._modes = get_modes()  # those of the trace, whatever the caller's were when the tracer was made
         method = getattr(self.root, self.traced_func_name)
         self.signature = inspect.signature(method)
-        self._code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
+        code = getattr(inspect.unwrap(getattr(method, "__func__", method)), "__code__", None)
         bound = self.signature.bind(*self._call.args, **self._call.kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
@@ -173,9 +173,11 @@ class ShallowTracer(fx.Tracer):
         def run(_: nn.Module) -> Any:
             plain = {name: own[name] for name in self._numbers}
             own.update(self._numbers)
+            self._code = code  # it is running from here on
             try:
                 result = method(*bound.args, **bound.kwargs)
             finally:
+                self._code = None
                 own.update({name: plain[name] for name, number in self._numbers.items() if own.get(name) is number})
             self.doubts += find_odd_containers(result)
             return result

@@ -64,6 +64,16 @@ def test_the_text_lists_sites_and_reasons():
     assert "passed over 2 concat: it joins a list" in text
 
 
+def test_the_plan_does_not_depend_on_who_asks_for_it():
+    """In its frame the first variable is a module, too, and it asks for `training`."""
+    model = timm.create_model("resnet18")
+
+    def prepare(model):
+        return make_plan(model) if model.training else None
+
+    assert prepare(model).to_json() == make_plan(model).to_json()
+
+
 def test_ratios_can_differ_by_pattern(resnet18):
     plan = make_plan(resnet18, r={"*": 8, "layer4.*": 32, "layer4.1": 4})
     assert hidden(plan)["layer1.0"] == 8

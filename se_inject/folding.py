@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
@@ -85,6 +86,12 @@ def is_hooked(module: nn.Module) -> bool:
     """Tell whether somebody looks at what a module is handed or gives, by a hook or by a forward of the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001  there is no public way
     return bool(hooks) or "forward" in vars(module)
+
+
+def is_observed(modules: Iterable[nn.Module]) -> bool:
+    """Tell whether somebody looks at what modules are handed or give just now, be it by hooks of all modules."""
+    is_any = bool(_has_any_global_hook())  # type: ignore[no-untyped-call]  # torch
+    return is_any or any(map(is_hooked, modules))
 
 
 def find_extras(norm: nn.Module) -> Sequence[nn.Module] | None:

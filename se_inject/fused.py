@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from se_inject.block import SqueezeExcite
-from se_inject.folding import is_hooked
+from se_inject.folding import is_observed
 from se_inject.kernels import can_run, convolve, excite, scale, squeeze
 from se_inject.lean import are_alike, is_transformed, multiply
 
@@ -39,7 +39,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         scaled: A convolution that makes the block's map and stays where it is; it takes the gain.
         activation: What follows.
         makers: The modules that make the maps which it is handed, if these may be written on: nothing else reads them,
-            as long as no hook looks at what the modules give.
+            as long as no hook looks at what the modules give, or at what the block is handed.
         kernels: Whether the operators of `se_inject.kernels` are run, where they do the same: for one map (N, C, H, W)
             that is squeezed to its mean, and a convolution of one group. They write on no map that they are handed.
     """
@@ -96,7 +96,7 @@ class FusedSqueezeExcite(SqueezeExcite):
         is_grouped = self.convolution is not None and self.convolution.groups != 1
         if len(maps) != 1 or not is_usual or is_grouped:
             return False
-        if not all(type(layer) in (nn.Linear, nn.Conv2d) and not is_hooked(layer) for layer in layers):
+        if not all(type(layer) in (nn.Linear, nn.Conv2d) for layer in layers) or is_observed(layers):
             return False
         parameters = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
         return can_run(maps[0], shortcut, parameters, channels=self.channels)
@@ -135,7 +135,7 @@ class FusedSqueezeExcite(SqueezeExcite):
             return False
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, gate, shortcut)):
             return False
-        return not any(map(is_hooked, self._makers))
+        return not is_observed((self, *self._makers))
 
     def _excite(self, squeezed: Sequence[Tensor]) -> Tensor:
         return self.activate(self.fc2(torch.relu(self.fc1(self._join(squeezed)))))

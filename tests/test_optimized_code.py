@@ -11,6 +11,8 @@ import torch
 import torchvision
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from se_inject import (
@@ -564,17 +566,46 @@ def test_a_map_that_a_later_hook_looks_at_is_not_written_on():
     assert torch.equal(*seen)
 
 
+class Operators(TorchDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
 def test_a_network_without_hooks_writes_on_its_maps():
+    _, fast = optimize_basic()
+    with torch.no_grad(), Operators() as operators:
+        fast(torch.randn(X))
+    assert "aten.addcmul.out" in operators.names
+
+
+@pytest.mark.parametrize("observe", ["all", "block", "block before"])
+def test_what_other_hooks_keep_is_not_written_on(observe):
     _, fast = optimize_basic()
     seen = []
 
-    def look(module, args):
-        seen.extend((args[0], args[0].clone()))
+    def keep(_, args, output=None):
+        seen.extend((x, x.clone()) for x in (*args, output) if isinstance(x, torch.Tensor))
 
-    fast.se.register_forward_pre_hook(look)  # on the block itself, which is handed its map before it writes
-    with torch.no_grad():
-        fast(torch.randn(X))
-    assert not torch.equal(*seen)
+    handle = {
+        "all": register_module_forward_hook,
+        "block": fast.se.register_forward_hook,
+        "block before": fast.se.register_forward_pre_hook,
+    }[observe](keep)
+    try:
+        with torch.no_grad():
+            fast.eval()(torch.randn(X))
+    finally:
+        handle.remove()
+    maps = [pair for pair in seen if pair[0].ndim == 4]
+    assert maps
+    assert all(torch.equal(*pair) for pair in maps)
 
 
 def test_a_copy_looks_for_hooks_on_its_own_layers():

@@ -98,6 +98,9 @@ class SqueezeExcite(nn.Module):
 
         The rows of W1 come in pairs of opposite sign, so that for any image one unit of each pair is active. Of eight
         independent units, all are dead for all images once in a few hundred blocks, and such a block never learns.
+
+        The block's layers are torch's own, with a `reset_parameters` that knows nothing of this. After a loop that
+        calls it of all modules, as after `to_empty`, call it of the blocks again.
         """
         nn.init.kaiming_normal_(self.fc1.weight, nonlinearity="relu")
         num_pairs = self.fc1.out_channels // 2

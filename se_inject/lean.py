@@ -55,9 +55,9 @@ def plain_autograd() -> Iterator[None]:
 
     In training, a block takes the gradients of the 1x1 convolution and the batch norm before it together with its own,
     where that needs less memory. They are the same numbers, but the maps in between get none: `torch.autograd.grad`
-    finds those unused. (Maps that have a hook or `retain_grad` when the block runs get theirs in any case, as do all
-    maps in evaluation mode.) It is also the way where something writes into these maps through `.data`, which neither
-    autograd nor a block sees.
+    finds those unused, and hooks that are set later, or on autograd's nodes, do not run. (Maps that have a hook or
+    `retain_grad` when the block runs get theirs in any case, as do all maps in evaluation mode.) It is also the way
+    where something writes into these maps through `.data`, which neither autograd nor a block sees.
 
     Example:
         >>> with plain_autograd():

@@ -292,7 +292,8 @@ def copy_model(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
         line = str(error).splitlines()[0]
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({line}); make pruned or normalised weights permanent "
-            f"(torch.nn.utils.prune.remove, remove_spectral_norm), or inject with inplace=True"
+            f"(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm) first; `inject` alone can do "
+            f"without a copy, with inplace=True"
         ) from error
     for own, original in zip(copied.parameters(), model.parameters(), strict=True):
         own.requires_grad_(original.requires_grad)

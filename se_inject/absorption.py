@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from se_inject.calls import Entry, decode_call
 from se_inject.errors import TraceError
+from se_inject.folding import has_hooks
 from se_inject.plan import Plan
 from se_inject.rewrite import blocks, get_plan
 from se_inject.scaling import Scale, Search, UnreachableError, find_reader, find_scale
@@ -67,7 +70,7 @@ def find_folds(
     plan = get_plan(model)
     search = Search(make_twin(model), is_channelwise)
     present = blocks(model)
-    calls = _count_calls(search.twin, plan)
+    uses = _count_uses(search.twin, plan)
     folds: list[Fold] = []
     kept: dict[str, str] = {}
     for entry, sites in plan.iterate_entries():
@@ -80,8 +83,10 @@ def find_folds(
         for path, name in waiting.items():
             with _noting(kept, path):
                 check(present[path])
+                if has_hooks(present[path]):
+                    raise UnreachableError("it has a hook")
                 fold = _find_fold(search, traces, path, name)
-                _check_sharing(model, path, fold.parameters, calls)
+                _check_sharing(model, path, fold.parameters, uses)
                 folds.append(fold)
     return _refuse_double_folds(Folds(tuple(folds), kept))
 
@@ -140,42 +145,58 @@ def _find_before(search: Search, trace: Trace, block: fx.Node) -> tuple[frozense
     return tuple(scale.parameters for scale in scales)
 
 
-def _check_sharing(model: nn.Module, path: str, names: Sequence[str], calls: Mapping[str, int]) -> None:
+def _check_sharing(model: nn.Module, path: str, names: Sequence[str], uses: _Uses | None) -> None:
     """Refuse layers that something else runs as well: a parameter of two layers, a layer of two owners."""
     aliases: Counter[int] = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     own = aliases[id(model.get_parameter(f"{path}.fc1.weight"))]
     for name in names:
         if aliases[id(model.get_parameter(name))] != own:
             raise UnreachableError(f"{name} is shared with another layer")
-        holder = name.rpartition(".")[0]
-        if calls and calls.get(holder) != calls.get(path):
-            raise UnreachableError(
-                f"{holder} runs {calls.get(holder, 0)} times where its block runs {calls[path]} times"
-            )
+        if uses is None:
+            continue
+        holder, runs = name.rpartition(".")[0], uses.calls[path]
+        if uses.calls[holder] != runs:
+            raise UnreachableError(f"{holder} runs {uses.calls[holder]} times where its block runs {runs} times")
+        if uses.reads[name] > runs:
+            raise UnreachableError(f"{name} is read by other code too")
 
 
-def _count_calls(twin: Twin, plan: Plan) -> Mapping[str, int]:
-    """Count how often each module runs in one pass over fake tensors; empty where the course depends on the data."""
-    counts: Counter[str] = Counter()
+class _Uses(TorchFunctionMode):
+    """How often each module of a network runs, and each parameter is handed to a function that makes a tensor."""
 
-    def count(path: str) -> None:
-        counts[path] += 1
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.reads: Counter[str] = Counter()
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
 
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) for x in tree_leaves(result)):
+            self.reads.update(self._names[id(x)] for x in tree_leaves((args, kwargs)) if id(x) in self._names)
+        return result
+
+
+def _count_uses(twin: Twin, plan: Plan) -> _Uses | None:
+    """Count them in one pass over fake tensors; None where the course depends on the data."""
+    uses = _Uses(twin.model)
     hooks = [
-        module.register_forward_pre_hook(lambda *_, path=path: count(path))
+        module.register_forward_pre_hook(lambda *_, path=path: uses.calls.update([path]))
         for path, module in twin.model.named_modules()
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     call = decode_call(plan.calls[Entry("").key], twin)
-    complete = False
     try:
-        with suppress(Exception), set_training(twin.model, False), apart(twin.model), torch.no_grad(), twin.mode:
+        with set_training(twin.model, False), apart(twin.model), torch.no_grad(), twin.mode, uses:
             twin.model(*tree_map(_clone, call.args), **tree_map(_clone, call.kwargs))
-            complete = True
+    except Exception:  # noqa: BLE001  whatever the user's forward raises
+        return None
     finally:
         for hook in hooks:
             hook.remove()
-    return counts if complete else {}
+    return uses
 
 
 def _clone(value: object) -> object:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+from numpy.typing import ArrayLike
 from torch import Tensor, fx, nn
 
 from se_inject.block import is_block
@@ -23,7 +24,9 @@ from se_inject.reparameterization import allow_merging
 from se_inject.rewrite import copy_model
 
 
-def eject(model: nn.Module, *, gates: Mapping[str, Tensor] | None = None, inplace: bool = False) -> nn.Module:
+def eject(
+    model: nn.Module, *, gates: Mapping[str, ArrayLike | Tensor] | None = None, inplace: bool = False
+) -> nn.Module:
     """Take all blocks out of an injected network, and everything else that injecting changed.
 
     The result has the classes, attributes and state-dict keys (in their order) of the original. Its weights are those
@@ -33,7 +36,7 @@ def eject(model: nn.Module, *, gates: Mapping[str, Tensor] | None = None, inplac
 
     Args:
         model: From `inject` or `load`, or a copy of it.
-        gates: (C,) by the paths of blocks, such as the means that `collect_gates` gives.
+        gates: (C,) by the paths of blocks, tensors or arrays, such as the `overall_mean` that `collect_gates` gives.
         inplace: Change the given model, instead of a copy.
 
     Raises:

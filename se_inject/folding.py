@@ -84,8 +84,12 @@ def fold_norms(model: nn.Module, folds: Iterable[Fold]) -> None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Tell whether somebody looks at what a module is handed or gives, by a hook or by a forward of the instance."""
-    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001  there is no public way
-    return bool(hooks) or "forward" in vars(module)
+    return has_hooks(module) or "forward" in vars(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has a hook that is run where it is called."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)  # noqa: SLF001  there is no public way
 
 
 def is_observed(modules: Iterable[nn.Module]) -> bool:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -56,29 +58,39 @@ def find_gate_folds(model: nn.Module, paths: Collection[str] | None = None) -> F
     return Folds(tuple(folds), kept)
 
 
-def fold_weights(model: nn.Module, gates: Mapping[str, Tensor]) -> None:
+def fold_weights(model: nn.Module, gates: Mapping[str, ArrayLike | Tensor]) -> None:
     """Multiply weights by the gates of blocks, which are then to be taken out.
 
     Args:
         model: An injected network, which is changed: its weights alone.
-        gates: (C,) by the paths of the blocks.
+        gates: (C,) by the paths of the blocks: tensors, or arrays.
 
     Raises:
-        ModelError: There is no such block, or its gate cannot be folded; nothing is changed then.
+        ModelError: There is no such block, or its gate is negative or cannot be folded; nothing is changed then.
     """
     own = get_own_blocks(model)
     if unknown := set(gates) - set(own):
         raise ModelError(f"{min(unknown)} is no block of {type(model).__name__}; its blocks are {', '.join(own)}")
-    for path, gate in gates.items():
-        if gate.shape != (own[path].channels,):
-            raise ModelError(f"the gate of {path} has the shape {tuple(gate.shape)}; expected ({own[path].channels},)")
-    found = find_gate_folds(model, gates)
+    read = {path: _read_gate(path, gate, own[path].channels) for path, gate in gates.items()}
+    found = find_gate_folds(model, read)
     if found.kept:
         path, reason = next(iter(found.kept.items()))
         raise ModelError(f"the gate of {path} cannot be folded: {reason}; leave it out")
     with torch.no_grad():
         for fold in found.folds:
-            _fold(model, fold, own[fold.block], gates[fold.block])
+            _fold(model, fold, own[fold.block], read[fold.block])
+
+
+def _read_gate(path: str, gate: ArrayLike | Tensor, num_channels: int) -> Tensor:
+    try:
+        read = torch.as_tensor(gate if isinstance(gate, Tensor) else np.asarray(gate, dtype=float))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"the gate of {path} is a {type(gate).__name__}; expected numbers") from error
+    if read.shape != (num_channels,):
+        raise ModelError(f"the gate of {path} has the shape {tuple(read.shape)}; expected ({num_channels},)")
+    if not (read.isfinite() & (read >= 0)).all():  # a negative number does not pass through a ReLU
+        raise ModelError(f"the gate of {path} has numbers that are not finite or below 0; a gate is at least 0")
+    return read
 
 
 def _fold(model: nn.Module, fold: Fold, block: SqueezeExcite, gate: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from se_inject.calls import Call, Entry
 from se_inject.errors import TraceError
+from se_inject.folding import has_hooks
 from se_inject.functions import CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS, SUMS
 from se_inject.hazards import get_ancestors
 from se_inject.tracing import Trace, trace_entry
@@ -149,10 +150,9 @@ def find_reader(search: Search, trace: Trace, node: fx.Node) -> Scale:
 
 
 def _find_reader_inside(search: Search, trace: Trace, node: fx.Node, reader: fx.Node) -> Scale:
-    path = ".".join(filter(None, (trace.entry.path, str(reader.target))))
-    child = search.twin.model.get_submodule(path)
+    path, child = _get_child(search, trace, reader)
     if type(child).forward in _LINEAR_FORWARDS and "forward" not in vars(child):
-        return _check_uses(search, trace, Scale(frozenset({f"{path}.weight"})))
+        return _check_uses(search, trace, Scale(frozenset({_find_weight(child, path)})))
     if _is_homogeneous(search, child, reader):
         return find_reader(search, trace, reader)
     inner = _trace_child(search, trace, reader, Entry(path))
@@ -213,12 +213,25 @@ def _is_vector(node: fx.Node) -> bool:
     return not _is_computed(node) and sum(size > 1 for size in node.meta["value"].shape) == 1
 
 
-def _scale_child(search: Search, trace: Trace, node: fx.Node) -> Scale:
+def _get_child(search: Search, trace: Trace, node: fx.Node) -> tuple[str, nn.Module]:
+    """Return the child that a node calls, with its path.
+
+    Raises:
+        UnreachableError: It is no child, or a hook in it may do anything to what it is handed and gives.
+    """
     path = ".".join(filter(None, (trace.entry.path, str(node.target))))
     try:
         child = search.twin.model.get_submodule(path)
     except AttributeError as error:
         raise UnreachableError(f"`{node.target}` is a method with a code of its own") from error
+    for name, module in child.named_modules(prefix=path):
+        if has_hooks(module):
+            raise UnreachableError(f"{name} has a hook")
+    return path, child
+
+
+def _scale_child(search: Search, trace: Trace, node: fx.Node) -> Scale:
+    path, child = _get_child(search, trace, node)
     if type(child).forward in _AFFINE_FORWARDS and "forward" not in vars(child):
         return _scale_layer(search, trace, child, path)
     if _is_homogeneous(search, child, node):
@@ -234,13 +247,18 @@ def _is_homogeneous(search: Search, child: nn.Module, node: fx.Node) -> bool:
 
 
 def _scale_layer(search: Search, trace: Trace, layer: nn.Module, path: str) -> Scale:
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        raise UnreachableError(f"{path} ({type(layer).__name__}) has no weight that could be scaled")
-    names = [name for name in ("weight", "bias") if layer._parameters.get(name) is not None]
-    if getattr(layer, "bias", None) is not None and "bias" not in names:
+    names = {_find_weight(layer, path)}
+    if layer._parameters.get("bias") is not None:
+        names.add(f"{path}.bias")
+    elif getattr(layer, "bias", None) is not None:
         raise UnreachableError(f"{path} computes its bias from other parameters")
-    return _check_uses(search, trace, Scale(frozenset(f"{path}.{name}" for name in names)))
+    return _check_uses(search, trace, Scale(frozenset(names)))
+
+
+def _find_weight(layer: nn.Module, path: str) -> str:
+    if layer._parameters.get("weight") is None:  # a norm without one, or a parametrized layer
+        raise UnreachableError(f"{path} ({type(layer).__name__}) has no weight that could be scaled")
+    return f"{path}.weight"
 
 
 def _look_into(search: Search, trace: Trace, node: fx.Node, entry: Entry) -> Scale:

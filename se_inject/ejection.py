@@ -19,7 +19,7 @@ from se_inject.block import is_block
 from se_inject.errors import ModelError
 from se_inject.gate_folding import fold_weights
 from se_inject.generated import get_base
-from se_inject.marks import OPTIMIZED, REMOVED, Removed, erase_marks, find_mark
+from se_inject.marks import OPTIMIZED, REMOVED, Removed, check_kind, erase_marks, find_mark
 from se_inject.reparameterization import allow_merging
 from se_inject.rewrite import copy_model
 
@@ -49,6 +49,7 @@ def eject(
         >>> type(eject(inject(torchvision.models.resnet18())).layer1[0]).__name__
         'BasicBlock'
     """
+    check_kind(model)
     if not any(_find_removed(module) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has not been injected; there is nothing to eject")
     if find_mark(model, OPTIMIZED) is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from se_inject.block import SqueezeExcite
 from se_inject.errors import DataError, OptionError
 from se_inject.gates import Passed, get_own_blocks, watch_gates
-from se_inject.twin import set_training
+from se_inject.twin import get_device, set_training
 
 if TYPE_CHECKING:
     import xarray
@@ -183,7 +183,8 @@ def collect_gates(
 
     Args:
         model: An injected network; it is run in eval mode and left as it is.
-        loader: Gives images (N, ...), or tuples of these and their labels (N,), as a `DataLoader` does.
+        loader: Gives images (N, ...), or tuples of these and their labels (N,), as a `DataLoader` does; a negative
+            label is that of an image without a class.
         classes: Names of the classes; by default 0, 1, ... for as many as the network has outputs.
         keep_images: Keep every gate of every image too, which takes memory with their number.
 
@@ -196,7 +197,7 @@ def collect_gates(
     Raises:
         ModelError: The network has no squeeze-and-excitation block of ours.
         OptionError: xarray is not installed.
-        DataError: There are no images, or a label is none of the classes.
+        DataError: There are no images, a batch is none of the above, or a label is none of the classes.
 
     Example:
         >>> gates = collect_gates(model, loader)  # doctest: +SKIP
@@ -205,17 +206,15 @@ def collect_gates(
     tally: GateTally | None = None
     kept: dict[str, list[Tensor]] = {}
     all_labels = []
-    device = next(model.parameters()).device
     own = get_own_blocks(model)
+    device = get_device(model)
     with watch_gates(own) as watch, set_training(model, False), torch.no_grad():
         for batch in loader:
-            images, labels = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
-            images = images[0] if isinstance(images, (tuple, list)) else images
+            images, labels = _open_batch(batch)
             outputs = model(images.to(device))
             if tally is None:
                 num_classes = _count_classes(outputs) if classes is None else len(classes)
                 tally = GateTally(own, num_classes)
-            labels = torch.full((len(images),), -1) if labels is None else torch.as_tensor(labels)
             if len(labels) and int(labels.max()) >= num_classes:
                 raise DataError(f"an image has the label {int(labels.max())}, there are {num_classes} classes")
             passed = watch.take(len(images))
@@ -233,6 +232,23 @@ def collect_gates(
             label=("image", torch.cat(all_labels).numpy()),
         )
     return found
+
+
+def _open_batch(batch: object) -> tuple[Tensor, Tensor]:
+    """Return images and labels (N,), which are -1 where there is no class."""
+    images, labels = batch[:2] if isinstance(batch, (tuple, list)) and len(batch) > 1 else (batch, None)
+    images = images[0] if isinstance(images, (tuple, list)) and images else images
+    if not isinstance(images, Tensor):
+        raise DataError(f"a batch is a {type(batch).__name__}; expected images (N, ...), or a tuple of them and labels")
+    if labels is None:
+        return images, torch.full((len(images),), -1)
+    labels = torch.as_tensor(labels)
+    if labels.shape != (len(images),) or labels.is_floating_point():
+        kind = str(labels.dtype).removeprefix("torch.")
+        raise DataError(
+            f"labels are {kind} of shape {tuple(labels.shape)}; expected a whole number an image, ({len(images)},)"
+        )
+    return images, labels.long().clamp_min(-1)
 
 
 def make_dataset(gates: BlockGates, classes: Sequence[str]) -> xarray.Dataset:

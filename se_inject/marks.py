@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from se_inject.errors import ModelError
+
 PLAN = "_se_inject_plan"
 SOURCE = "_se_inject_source"
 REMOVED = "_se_inject_removed"
@@ -36,6 +38,16 @@ class Removed:
     children: tuple[str, ...] = ()
 
 
+def check_kind(model: object) -> None:
+    """Refuse what is no network, such as the name of one.
+
+    Raises:
+        ModelError: It is no module of torch's.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
+
+
 def mark_module(module: nn.Module, name: str, value: object) -> None:
     """Leave a mark on a module; a GraphModule must call a module."""
     if isinstance(module, fx.GraphModule):
@@ -47,7 +59,12 @@ def mark_module(module: nn.Module, name: str, value: object) -> None:
 
 
 def find_mark(module: nn.Module, name: str) -> object:
-    """Return a mark of a module, or None."""
+    """Return a mark of a module, or None.
+
+    Raises:
+        ModelError: It is no module of torch's.
+    """
+    check_kind(module)
     return next((marks[name] for marks in _find_all(module) if name in marks), None)
 
 

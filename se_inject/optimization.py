@@ -83,8 +83,6 @@ def optimize(model: nn.Module, example: object = None, *, kernels: bool = False)
           (convolution): Conv2d(64, 256, kernel_size=(1, 1), stride=(1, 1))
         )
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
     if find_optimization(model) is not None:
         raise ModelError(f"{type(model).__name__} is optimized already")
     if isinstance(model, torch.jit.ScriptModule):

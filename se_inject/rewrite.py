@@ -25,7 +25,7 @@ from se_inject.draft import is_free
 from se_inject.errors import ModelError, OptionError, PlanError, TraceError
 from se_inject.generated import derive_class
 from se_inject.inspection import write_entry
-from se_inject.marks import OPTIMIZED, PLAN, REMOVED, Removed, find_mark, mark_module
+from se_inject.marks import OPTIMIZED, PLAN, REMOVED, Removed, check_kind, find_mark, mark_module
 from se_inject.placements import Placement
 from se_inject.places import Joining, Kind, Place
 from se_inject.plan import DEFAULT_R, SE, Options, Plan, Site
@@ -123,6 +123,7 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
         >>> list(blocks(inject(torchvision.models.resnet18())).items())[0]
         ('layer1.0.se', SqueezeExcite(64, 16))
     """
+    check_kind(model)
     return {path: module for path, module in model.named_modules() if is_block(module)}
 
 

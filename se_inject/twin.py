@@ -23,6 +23,7 @@ from torch.nn.parameter import UninitializedParameter
 from se_inject.block import is_block
 from se_inject.caches import kept_caches
 from se_inject.errors import ModelError, get_first_line
+from se_inject.marks import check_kind
 
 _ALONE = threading.RLock()
 _NESTED: list[bool] = []
@@ -124,8 +125,7 @@ def check_model(model: nn.Module) -> None:
     Raises:
         ModelError: The model is no module, or is wrapped, compiled, scripted, quantised or injected already.
     """
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"found a {type(model).__name__}; expected a torch.nn.Module")
+    check_kind(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
     if isinstance(model, torch.jit.ScriptModule):

@@ -11,7 +11,21 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from se_inject import blocks, collect_gates, eject, inject, load, optimize, save
+from se_inject import (
+    blocks,
+    collect_gates,
+    eject,
+    freeze_backbone,
+    inject,
+    load,
+    make_plan,
+    optimize,
+    param_groups,
+    save,
+    save_adapter,
+    save_folder,
+    standardize,
+)
 from se_inject.errors import DataError, ModelError
 from se_inject.gate_folding import find_gate_folds
 from se_inject.gate_statistics import GateTally
@@ -124,6 +138,39 @@ def test_what_is_wrong_with_the_images_is_said(model):
         collect_gates(model, [])
     with pytest.raises(DataError, match="an image has the label 7, there are 3 classes"):
         collect_gates(model, make_loader(3, labels=[0, 1, 7]))
+    images = torch.randn(2, 3, 8, 8)
+    for batch, match in [
+        ({"image": images}, "a batch is a dict; expected images"),
+        ((images, torch.eye(3)[:2]), r"labels are float32 of shape \(2, 3\); expected a whole number an image, \(2,\)"),
+        ((images, torch.zeros(2, 8, 8).long()), r"labels are int64 of shape \(2, 8, 8\)"),
+        ((images, torch.zeros(2)), "labels are float32"),
+    ]:
+        with pytest.raises(DataError, match=match):
+            collect_gates(model, [batch])
+
+
+def test_an_image_with_a_negative_label_has_no_class(model):
+    (data, *_) = collect_gates(model, make_loader(4, labels=[0, -100, 1, -1])).values()
+    assert data["count"].values.tolist() == [1, 1, 0]
+    (unlabelled, *_) = collect_gates(model, [make_loader(4).dataset.tensors[0]]).values()
+    assert np.array_equal(data["overall_mean"], unlabelled["overall_mean"])
+
+
+REFUSING = [
+    blocks, collect_gates, eject, freeze_backbone, inject, make_plan, optimize, param_groups, save, save_adapter,
+    save_folder, standardize,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", REFUSING)
+def test_what_is_no_network_is_refused(call, tmp_path):
+    rest = {
+        collect_gates: ([],), save: (tmp_path / "a.pt",), save_adapter: (tmp_path / "a.safetensors",),
+        save_folder: (tmp_path / "a",),
+    }  # fmt: skip
+    options = {"lr": 0.1, "se_lr": 0.1} if call is param_groups else {}
+    with pytest.raises(ModelError, match=r"found a str; expected a torch.nn.Module"):
+        call("resnet18", *rest.get(call, ()), **options)
 
 
 def tally(gates, labels, num_classes=2, num_batches=2):
@@ -317,12 +364,24 @@ def test_eject_folds_the_gates_that_it_is_given(model):
     assert not torch.equal(plain.block1.bn2.weight, model.block1.bn2.weight)
 
 
+def test_eject_takes_the_means_that_were_collected(model):
+    means = {path: gates["overall_mean"] for path, gates in collect_gates(model, make_loader()).items()}
+    tensors = {path: torch.tensor(mean.values) for path, mean in means.items()}
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(eject(model, gates=means)(x), eject(model, gates=tensors)(x))
+
+
 def test_folding_refuses_what_it_cannot_do(model):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ModelError, match=r"block3.se is no block of Classifier; its blocks are block1.se, block2.se"):
         fold_gates(model, {"block3.se": torch.ones(16)})
     with pytest.raises(ModelError, match=r"the gate of block1.se has the shape \(8,\); expected \(16,\)"):
         eject(model, gates={"block1.se": torch.ones(8)}, inplace=True)
+    for gate in (torch.full((16,), -1.0), [float("nan")] * 16):
+        with pytest.raises(ModelError, match="the gate of block2.se has numbers that are not finite or below 0"):
+            eject(model, gates={"block1.se": torch.full((16,), 0.5), "block2.se": gate}, inplace=True)
+    with pytest.raises(ModelError, match="the gate of block2.se is a str; expected numbers"):
+        eject(model, gates={"block1.se": torch.full((16,), 0.5), "block2.se": "high"}, inplace=True)
     dense = inject(timm.create_model("densenet121").eval())
     path = next(iter(blocks(dense)))
     with pytest.raises(ModelError, match=f"the gate of {path} cannot be folded: .* is used by .* too; leave it out"):

@@ -335,6 +335,18 @@ class Lent(nn.Module):
         return self.head(self.block.bn2(self.block(self.stem(x))).mean((2, 3)))
 
 
+class TiedByCode(Net):
+    """The whole reads the weight of a layer in its part."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nets.Residual()
+
+    def forward(self, x):
+        x = self.block(F.relu(self.stem(x)))
+        return self.head(x.mean((2, 3))) + self.block.bn2.weight.sum()
+
+
 class Read(Net):
     """The branch's map is read beside the sum."""
 
@@ -353,6 +365,7 @@ class Read(Net):
         (Twice, "conv.weight is used more than once"),
         (Tied, "block.bn2.weight is shared with another layer"),
         (Lent, "block.bn2 runs 2 times where its block runs 1 times"),
+        (TiedByCode, "block.bn2.weight is read by other code too"),
         (Read, "is used by `amax` too"),
     ],
 )
@@ -367,6 +380,28 @@ def test_parametrized_weights_are_left_alone(x):
     model = inject(Net(nn.utils.parametrizations.weight_norm(nn.Conv2d(16, 16, 1))))
     assert "tail.0" in find_standard_form(model).kept["se"]
     assert_same_network(model, standardize(model, strict=False), x)
+
+
+@pytest.mark.parametrize(("placement", "layer"), [("standard", "bn2"), ("standard", "se"), ("conv3x3", "conv2")])
+def test_a_layer_with_a_hook_is_left_alone(placement, layer, x):
+    """The hook may change what the layer is handed or gives."""
+    model = inject_opened(nets.wrap(nets.Residual()), placement=placement)
+    (path,) = blocks(model)
+    block, owner = blocks(model)[path], model.get_submodule(path.rpartition(".")[0])
+    hooked = block if layer == "se" else getattr(owner, layer)
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    standard = standardize(model, strict=False)
+    assert_same_network(model, standard, x)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm],
+)
+def test_a_layer_after_the_block_that_computes_its_weight_is_left_alone(wrap):
+    model = inject(Bottle(wrap(nn.Conv2d(8, 16, 1))), placement="conv3x3")
+    form = find_standard_form(model)
+    assert (form.folds, len(form.kept)) == ((), 1)
 
 
 def test_a_graph_module_has_a_standard_form_too(x):

@@ -6,6 +6,7 @@ Takes what the stages found, and prints it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,8 +61,11 @@ def fail(message: str) -> None:
 
 
 def print_json(values: object) -> None:
-    """Print plain values as JSON on stdout."""
-    stdout.out(json.dumps(values, indent=1))
+    """Print plain values as JSON on stdout; what is no finite number, which JSON has no word for, is null."""
+    from torch.utils._pytree import tree_map
+
+    finite = tree_map(lambda x: None if isinstance(x, float) and not math.isfinite(x) else x, values)
+    stdout.out(json.dumps(finite, indent=1))
 
 
 def print_predictions(predictions: Mapping[str, Sequence[Prediction]]) -> None:
@@ -173,6 +177,8 @@ def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
     stdout.out(
         f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}, {scores.num_images:,} images"
     )
+    if not math.isfinite(scores.loss):
+        talk("the loss is no finite number: of some images the network makes NaN or infinite scores")
     counts = scores.confusion.sum(1).tolist()
     table = Table(box=box.SIMPLE_HEAD, title="by class, the worst first", title_justify="left")
     for name in ("class", "images", "top-1", "taken for"):

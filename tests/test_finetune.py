@@ -263,6 +263,15 @@ def test_an_artifact_with_other_classes_is_refused_for_evaluation(run, data, art
     assert "has 10 classes and the network 1000: labels would mean others" in error
 
 
+def test_scores_of_a_network_that_gives_no_numbers_say_so(run, data):  # noqa: F811
+    model = DigitNet()
+    torch.save({k: v * torch.nan if v.is_floating_point() else v for k, v in model.state_dict().items()}, "weights.pt")
+    assert "the loss is no finite number" in run("evaluate", NET, "--weights", "weights.pt", "--data", data)[2]
+    code, out, _ = run("evaluate", NET, "--weights", "weights.pt", *common(data))
+    assert code == 0
+    assert json.loads(out, parse_constant=pytest.fail)["loss"] is None
+
+
 def start(*args, folder, processes=1, has_group=False):
     """Start the command in a process of its own, or under torchrun."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]

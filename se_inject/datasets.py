@@ -232,6 +232,9 @@ def _open_named(
     library, _, root = name.partition(":")
     if not root and library.lower().startswith(_WITH_ROOT):
         raise DataError(f"{name} does not say where the images are; expected {library}:ROOT")
+    is_remote = "://" in root or root.startswith("pipe:")
+    if library.lower().startswith("wds/") and not is_remote and not Path(root).is_dir():
+        raise DataError(f"there is no folder {root}")
     options = dict(options)
     splits = {"train": options.pop("train_split", "train"), "val": options.pop("val_split", "validation")}
     opened: dict[str, Dataset[Any]] = {}

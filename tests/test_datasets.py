@@ -417,6 +417,11 @@ def test_an_unknown_set_is_refused(tmp_path):
         open_data(f"torch/nonsense:{tmp_path}")
 
 
+def test_shards_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(DataError, match=f"there is no folder {tmp_path / 'nowhere'}"):
+        open_data(f"wds/:{tmp_path / 'nowhere'}")
+
+
 @pytest.mark.parametrize("name", ["torch/cifar10", "wds/"])
 def test_a_name_without_its_root_is_refused(name):
     with pytest.raises(DataError, match=rf"^{name} does not say where the images are; expected {name}:ROOT$"):

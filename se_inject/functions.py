@@ -21,3 +21,20 @@ POOLINGS = frozenset(
     for d in (1, 2, 3)
 )
 SPLITS = frozenset({"split", "chunk", "tensor_split", "split_with_sizes"})
+HOMOGENEOUS = frozenset(
+    "relu relu_ leaky_relu leaky_relu_ prelu rrelu rrelu_ abs abs_ neg identity dropout dropout_ dropout1d dropout2d "
+    "dropout3d feature_dropout max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
+    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d interpolate pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute "
+    "transpose movedim flatten unflatten squeeze unsqueeze contiguous clone to type_as float half bfloat16 expand "
+    "expand_as roll flip getitem".split()
+)
+"""f(2 y) = 2 f(y)"""
+MIXING = frozenset(
+    "neg pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute transpose movedim flatten "
+    "unflatten squeeze unsqueeze expand expand_as roll flip getitem".split()
+)
+"""Of these, those that need not keep each channel at its place."""
+QUOTIENTS = frozenset({"div", "div_", "divide", "true_divide", "truediv", "itruediv", "__truediv__", "__itruediv__"})
+READS = frozenset("size dim ndimension is_floating_point new_empty new_zeros new_ones new_full numel stride".split())
+"""They ask for sizes and types, or make a tensor of their own: a factor in the map is nothing to them."""

@@ -19,7 +19,17 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from se_inject.calls import Call, Entry
 from se_inject.errors import TraceError
 from se_inject.folding import has_hooks
-from se_inject.functions import CONCATENATIONS, CONVOLUTIONS, NORMS, PRODUCTS, SUMS
+from se_inject.functions import (
+    CONCATENATIONS,
+    CONVOLUTIONS,
+    HOMOGENEOUS,
+    MIXING,
+    NORMS,
+    PRODUCTS,
+    QUOTIENTS,
+    READS,
+    SUMS,
+)
 from se_inject.hazards import get_ancestors
 from se_inject.tracing import Trace, trace_entry
 from se_inject.twin import Twin
@@ -36,23 +46,8 @@ _AFFINE_FUNCTIONS = {  # the places of weight and bias among the arguments
     **dict.fromkeys(("batch_norm", "instance_norm"), (3, 4)),
     **dict.fromkeys(("layer_norm", "group_norm", "rms_norm"), (2, 3)),
 }
-_HOMOGENEOUS = frozenset(  # f(2 y) = 2 f(y)
-    "relu relu_ leaky_relu leaky_relu_ prelu rrelu rrelu_ abs abs_ neg identity dropout dropout_ dropout1d dropout2d "
-    "dropout3d feature_dropout max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d "
-    "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d interpolate pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute "
-    "transpose movedim flatten unflatten squeeze unsqueeze contiguous clone to type_as float half bfloat16 expand "
-    "expand_as roll flip getitem".split()
-)
-_MIXING = frozenset(  # of these, those that need not keep each channel at its place
-    "neg pixel_shuffle pixel_unshuffle channel_shuffle mean sum reshape view permute transpose movedim flatten "
-    "unflatten squeeze unsqueeze expand expand_as roll flip getitem".split()
-)
 _ADDITIONS = SUMS | {"sub", "sub_", "__sub__", "__isub__", "isub"}
 _PRODUCTS = PRODUCTS | {"imul"}
-_QUOTIENTS = frozenset({"div", "div_", "divide", "true_divide", "truediv", "itruediv", "__truediv__", "__itruediv__"})
-# They ask for sizes and types, or make a tensor of their own: a factor in the map is nothing to them.
-_READS = frozenset("size dim ndimension is_floating_point new_empty new_zeros new_ones new_full numel stride".split())
 
 
 @dataclass(frozen=True)
@@ -70,7 +65,7 @@ class Search:
     @property
     def passing(self) -> frozenset[str]:
         """Names of the operations through which the factor passes."""
-        return _HOMOGENEOUS - _MIXING if self.is_channelwise else _HOMOGENEOUS
+        return HOMOGENEOUS - MIXING if self.is_channelwise else HOMOGENEOUS
 
 
 class UnreachableError(Exception):
@@ -181,7 +176,7 @@ def _scale_operation(search: Search, trace: Trace, node: fx.Node, name: str) -> 
         return result
     if name in _PRODUCTS:
         return _scale_factor(search, trace, node, operands)
-    if name in search.passing or name in _QUOTIENTS or (name in _HOMOGENEOUS and _is_vector(node)):
+    if name in search.passing or name in QUOTIENTS or (name in HOMOGENEOUS and _is_vector(node)):
         source = _list_arguments(node)[0]
         if isinstance(source, fx.Node) and isinstance(source.meta["value"], Tensor):
             return find_scale(search, trace, source, node)
@@ -328,7 +323,7 @@ def _get_parameters(owner: nn.Module, node: fx.Node) -> Iterator[nn.Parameter]:
 
 def _only_reads(node: fx.Node) -> bool:
     is_attribute = node.op == "call_function" and node.target is getattr
-    return is_attribute or (node.op == "call_method" and node.target in _READS)
+    return is_attribute or (node.op == "call_method" and node.target in READS)
 
 
 def _list_arguments(node: fx.Node) -> list[Any]:

@@ -23,7 +23,6 @@ from se_inject.claims import check_weights
 from se_inject.ejection import eject
 from se_inject.errors import ArtifactError, ModelError, OptionError, PlanError
 from se_inject.files import check_suffix
-from se_inject.gates import swap_blocks
 from se_inject.marks import ADAPTERS, SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.records import compute_digest, read_record, write_record
@@ -142,7 +141,7 @@ def load_adapter(
 
     Raises:
         ArtifactError: The file is no adapter, or is of another network.
-        ModelError: The network has blocks that are no adapter.
+        ModelError: The network has blocks that are no adapter, or they are disabled and are to be changed in place.
 
     Example:
         >>> model = load_adapter(network, "birds.safetensors", name="birds")  # doctest: +SKIP
@@ -175,7 +174,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     """Change to another of the adapters that a network has, in place. What the blocks had learned since is lost.
 
     Raises:
-        ModelError: It is optimized.
+        ModelError: It is optimized, or its adapters are disabled.
         OptionError: It has no such adapter.
     """
     refuse_optimized(model)
@@ -189,25 +188,61 @@ def set_adapter(model: nn.Module, name: str) -> None:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Run a network without its blocks, for as long as the context lasts: the original's outputs, bit for bit.
 
+    The blocks stay where they are: what is saved meanwhile has them, and a copy that is made meanwhile runs with them.
+    Another adapter cannot be put on.
+
     Raises:
         ModelError: It is optimized.
     """
     refuse_optimized(model)
-    with swap_blocks(model, {path: _Bypass() for path in blocks(model)}):
+    # Those that an outer context bypasses are left to it.
+    bypasses = [_Bypass(block) for block in blocks(model).values() if not _is_bypassed(block)]
+    try:
+        for bypass in bypasses:
+            bypass.begin()
         yield
+    finally:
+        for bypass in bypasses:
+            bypass.end()
 
 
-class _Bypass(nn.Module):
-    """Stands in the place of a block, and does nothing."""
+class _Bypass:
+    """Takes the place of a block's forward, and does nothing to its maps."""
 
-    def forward(self, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+    def __init__(self, block: nn.Module) -> None:
+        self._block = block
+        self._shadowed = {name: value for name, value in vars(block).items() if name == "forward"}
+
+    def begin(self) -> None:
+        vars(self._block)["forward"] = self
+
+    def end(self) -> None:
+        if _is_bypassed(self._block):
+            del vars(self._block)["forward"]
+            vars(self._block).update(self._shadowed)
+
+    def __call__(self, *maps: Tensor, shortcut: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         if shortcut is not None:
             return maps[0] + shortcut
         return maps[0] if len(maps) == 1 else maps
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Become the own forward of a block's copy, or pickle: nothing would end the bypass there."""
+        return getattr, (self._block, "forward")
+
+
+def _is_bypassed(block: nn.Module) -> bool:
+    return isinstance(vars(block).get("forward"), _Bypass)
+
 
 def _put_on(model: nn.Module, adapters: Mapping[str, Adapter], name: str, *, source: object) -> nn.Module:
-    """Give a network the blocks of an adapter that is known to fit it."""
+    """Give a network the blocks of an adapter that is known to fit it.
+
+    Raises:
+        ModelError: Its blocks are disabled.
+    """
+    if any(map(_is_bypassed, blocks(model).values())):
+        raise ModelError(f"the blocks of {type(model).__name__} are disabled; leave disable_adapters, then change them")
     adapter = adapters[name]
     if find_plan(model) != adapter.plan:
         if find_plan(model) is not None:

@@ -109,6 +109,115 @@ def test_without_adapters_training_is_the_originals_too(network, x):
     assert torch.allclose(plain.conv1.weight.grad, model.conv1.weight.grad)
 
 
+ATTENTIONS = [
+    (nets.Residual, {"block": "eca"}),
+    (nets.Residual, {"block": "cbam"}),
+    (nets.Fire, {"concat": "separate"}),
+    (nets.Fire, {"concat": "joint"}),
+    (nets.Fire, {"block": "ese"}),
+]
+
+
+@pytest.mark.parametrize(("make", "options"), ATTENTIONS)
+@torch.no_grad()
+def test_every_kind_of_block_is_disabled(make, options):
+    torch.manual_seed(0)
+    network = make().eval()
+    model = tune(network, **options)
+    x = torch.randn(2, 16, 32, 32)
+    expected, tuned = network(x.clone()), model(x.clone())
+    assert not torch.equal(expected, tuned)
+    with disable_adapters(model):
+        assert torch.equal(model(x.clone()), expected)
+    assert torch.equal(model(x.clone()), tuned)
+
+
+@torch.no_grad()
+def test_what_is_written_without_adapters_holds_them(network, x, tmp_path):
+    model = tune(network)
+    keys = list(model.state_dict())
+    with disable_adapters(model):
+        assert list(model.state_dict()) == keys
+        save(model, tmp_path / "whole.pt")
+        save_adapter(model, tmp_path / "a.pt")
+    assert torch.equal(load_adapter(network, tmp_path / "a.pt")(x), model(x))
+    assert torch.equal(load(tmp_path / "whole.pt")(x), model(x))
+
+
+@torch.no_grad()
+def test_copies_that_are_made_without_adapters_have_them(network, x):
+    model = tune(network)
+    with disable_adapters(model):
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert torch.equal(eject(model)(x), network(x))
+    assert all(torch.equal(made(x), model(x)) for made in copies)
+    for made in copies:
+        with disable_adapters(made):
+            assert torch.equal(made(x), network(x))
+        assert torch.equal(made(x), model(x))
+
+
+@torch.no_grad()
+def test_disabled_adapters_are_not_changed(network, x, tmp_path):
+    save_adapter(tune(network), tmp_path / "a.pt")
+    save_adapter(tune(network, 1, r=8), tmp_path / "b.pt")
+    model = load_adapter(load_adapter(network, tmp_path / "a.pt", name="a"), tmp_path / "b.pt", name="b")
+    expected = model(x)
+    with disable_adapters(model):
+        for change in (
+            lambda: set_adapter(model, "a"),
+            lambda: load_adapter(model, tmp_path / "a.pt", name="c", inplace=True),
+        ):
+            with pytest.raises(ModelError, match="the blocks of ResNet are disabled; leave disable_adapters, then"):
+                change()
+        other = load_adapter(model, tmp_path / "a.pt", name="c")
+        assert torch.equal(model(x), network(x))
+    assert torch.equal(model(x), expected)
+    assert torch.equal(other(x), tune(network)(x))
+    set_adapter(model, "a")
+    assert torch.equal(model(x), other(x))
+
+
+@torch.no_grad()
+def test_blocks_that_are_ejected_while_disabled_stay_out(network, x):
+    model = tune(network)
+    with disable_adapters(model):
+        eject(model, inplace=True)
+    assert not blocks(model)
+    assert list(model.state_dict()) == list(network.state_dict())
+    assert torch.equal(model(x), network(x))
+
+
+@torch.no_grad()
+def test_contexts_nest_and_end_at_an_error(network, x):
+    model = tune(network)
+    expected = model(x)
+    vars(model.layer1[0].se)["forward"] = model.layer1[0].se.forward  # as accelerate's hooks do
+    before = [dict(vars(block)) for block in blocks(model).values()]
+    with disable_adapters(model):
+        with pytest.raises(KeyError), disable_adapters(model):
+            raise KeyError
+        assert torch.equal(model(x), network(x))
+    assert torch.equal(model(x), expected)
+    assert [dict(vars(block)) for block in blocks(model).values()] == before
+    outer, inner = disable_adapters(model), disable_adapters(model)
+    for context in (outer, inner):
+        context.__enter__()
+    for context in (outer, inner):  # in the wrong order
+        context.__exit__(None, None, None)
+    assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_compiled_network_is_disabled_too(network, x):
+    model = tune(network)
+    compiled = torch.compile(model, backend="eager")
+    for _ in range(2):
+        assert torch.equal(compiled(x), model(x))
+        with disable_adapters(model):
+            assert torch.equal(compiled(x), network(x))
+
+
 def test_the_digest_is_of_the_network_alone(network):
     digest = compute_fingerprint(network)
     assert compute_fingerprint(tune(network)) == digest

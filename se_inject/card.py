@@ -149,18 +149,27 @@ def _describe(card: Card) -> str:
         begun = f", built as `{_quote(str(source).partition('.')[0] if source.library == 'timm' else str(source))}`,"
     elif source is not None:
         begun = f", built as `{_quote(str(source))}` and begun from the weights `{_quote(source.weights)}`,"
-    share = plan.num_parameters / card.num_parameters
-    text = (
-        f"`{_quote(plan.model)}`{begun} with {len(plan.sites)} blocks of channel attention, put in by se-inject "
-        f"{__version__}: {card.num_parameters:,} parameters, {plan.num_parameters:,} ({share:.2%}) in the blocks. "
-        "Each block begins as an exact identity, so that before any training the network computes what it computed "
-        "without them, bit for bit."
-    )
+    text = f"`{_quote(plan.model)}`{begun} {_summarise_blocks(card)}"
     if source is None or not source.classes:
         return text
     names = ", ".join(f"`{_quote(name)}`" for name in source.classes[:_MANY])
     more = f", and {len(source.classes) - _MANY:,} more" if len(source.classes) > _MANY else ""
     return f"{text}\n\nIts {len(source.classes):,} classes: {names}{more}."
+
+
+def _summarise_blocks(card: Card) -> str:
+    plan, num_parameters = card.plan, f"{card.num_parameters:,} parameters"
+    if plan.is_folded:
+        return (
+            f"with {num_parameters}. All {plan.num_folded} blocks of channel attention, put in by se-inject "
+            f"{__version__}, were folded into its weights, which carry the same gates for every image."
+        )
+    share = plan.num_parameters / card.num_parameters
+    return (
+        f"with {len(plan.sites)} blocks of channel attention, put in by se-inject {__version__}: {num_parameters}, "
+        f"{plan.num_parameters:,} ({share:.2%}) in the blocks. Each block begins as an exact identity, so that before "
+        "any training the network computes what it computed without them, bit for bit."
+    )
 
 
 def _describe_loading(card: Card) -> Iterator[str]:
@@ -205,6 +214,14 @@ def _describe_blocks(plan: Plan) -> Iterator[str]:
         f"Blocks: {kind}. Placement: {plan.placement}; branches of a concatenation: {plan.concat}; squeeze: "
         f"{plan.squeeze}; gate: {plan.gate}."
     )
+    yield f"All {plan.num_folded} were folded into the weights." if plan.is_folded else _tabulate_blocks(plan)
+    if reasons := plan.count_reasons():
+        yield "Without a block:\n\n" + "\n".join(
+            f"- {num} {_quote(kind)}: {_escape(reason)}" for (kind, reason), num in reasons.items()
+        )
+
+
+def _tabulate_blocks(plan: Plan) -> str:
     rows = ["| block | at | branch | channels | hidden | parameters |", "|---|---|---|---:|---:|---:|"]
     for site in plan.sites:
         cells = (
@@ -213,11 +230,7 @@ def _describe_blocks(plan: Plan) -> Iterator[str]:
             f"{site.hidden or ''}", f"{site.num_parameters:,}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
-    yield "\n".join(rows)
-    if reasons := plan.count_reasons():
-        yield "Without a block:\n\n" + "\n".join(
-            f"- {num} {_quote(kind)}: {_escape(reason)}" for (kind, reason), num in reasons.items()
-        )
+    return "\n".join(rows)
 
 
 def _describe_training(card: Card) -> Iterator[str]:

@@ -143,6 +143,7 @@ def run_eject(
     from se_inject.files import check_target, write_tensors
     from se_inject.gate_folding import find_gate_folds
     from se_inject.observation import observe
+    from se_inject.rewrite import find_plan
     from se_inject.validation import open_validation
     from se_inject.world import stay_alone
 
@@ -167,9 +168,11 @@ def run_eject(
     if as_json:
         console.print_json({"out": str(out), "folded": folded, "gone": kept})
     else:
+        plan = find_plan(network)
+        carried = f" but those of {plan.num_folded} blocks, which they carry" if plan and plan.num_folded else ""
         how = (
             f"with the mean gates of {folded} blocks in its weights"
             if data
-            else "with its present weights, without gates"
+            else f"with its present weights, without gates{carried}"
         )
         console.stdout.out(f"{out}: the state dict of {type(plain).__name__}, {how}; give it as --weights {out}")

@@ -21,7 +21,7 @@ from se_inject.gate_folding import fold_weights
 from se_inject.generated import get_base
 from se_inject.marks import OPTIMIZED, REMOVED, Removed, check_kind, erase_marks, find_mark
 from se_inject.reparameterization import allow_merging
-from se_inject.rewrite import copy_model
+from se_inject.rewrite import copy_model, find_plan
 
 
 def eject(
@@ -50,7 +50,8 @@ def eject(
         'BasicBlock'
     """
     check_kind(model)
-    if not any(_find_removed(module) for module in model.modules()):
+    # A network whose blocks were all folded has a plan still, and nothing that was removed for a block.
+    if not any(_find_removed(module) or find_plan(module) for module in model.modules()):
         raise ModelError(f"{type(model).__name__} has not been injected; there is nothing to eject")
     if find_mark(model, OPTIMIZED) is not None:
         raise ModelError(f"{type(model).__name__} is optimized; eject from the network that it was made from")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from se_inject.block import SqueezeExcite
 from se_inject.errors import ModelError
 from se_inject.identity import find_difference
-from se_inject.rewrite import blocks, find_plan, get_plan
+from se_inject.rewrite import blocks, find_plan, get_plan, refuse_empty
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,7 @@ def get_own_blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
         ModelError: There is none, or the network is optimized.
     """
     get_plan(model)
+    refuse_empty(model)
     own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)}
     if not own:
         found = sorted({type(block).__name__ for block in blocks(model).values()})
@@ -97,10 +98,13 @@ def get_own_blocks(model: nn.Module) -> dict[str, SqueezeExcite]:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Tell whether all blocks of an injected network are exact identities still; another attention is run to see."""
+    """Tell whether all blocks of an injected network are exact identities still; another attention is run to see.
+
+    A network without a block is not fresh: its weights carry what its blocks had learned.
+    """
     found, plan = blocks(model), find_plan(model)
-    sites = () if plan is None else plan.sites
-    return all(_is_identity(found[site.path], site.channels) for site in sites if site.path in found)
+    present = [site for site in (() if plan is None else plan.sites) if site.path in found]
+    return bool(present) and all(_is_identity(found[site.path], site.channels) for site in present)
 
 
 def _is_identity(block: nn.Module, channels: int) -> bool:

@@ -24,6 +24,8 @@ PLAN_VERSION = 1
 DEFAULT_R = 16.0
 SE = "se"
 """The name of our own block."""
+FOLDED = "its gate is folded into the layer beside it"
+"""Why a place that had a block has none any more."""
 _MANY = 2
 
 
@@ -154,6 +156,16 @@ class Plan:
     def num_parameters(self) -> int:
         """Number of parameters of all blocks."""
         return sum(site.num_parameters for site in self.sites)
+
+    @property
+    def num_folded(self) -> int:
+        """How many blocks are gone, because the weights carry their gates."""
+        return sum(item.reason == FOLDED for item in self.passed_over)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether all blocks are gone in this way."""
+        return not self.sites and self.num_folded > 0
 
     @property
     def placing(self) -> Placing:

@@ -13,10 +13,8 @@ from se_inject.block import SqueezeExcite
 from se_inject.ejection import eject
 from se_inject.gate_folding import fold_weights
 from se_inject.marks import SOURCE, find_mark, mark_module
-from se_inject.plan import Plan
+from se_inject.plan import FOLDED, Plan
 from se_inject.rewrite import blocks, copy_model, get_plan, inject
-
-FOLDED = "its gate is folded into the layer beside it"
 
 
 def fold_gates(model: nn.Module, gates: Mapping[str, Tensor]) -> nn.Module:

@@ -145,6 +145,23 @@ def refuse_optimized(model: nn.Module) -> None:
         )
 
 
+def refuse_empty(model: nn.Module) -> None:
+    """Refuse a network that was injected and has no block left.
+
+    Raises:
+        ModelError: It has none.
+    """
+    plan = find_plan(model)
+    if plan is not None and not plan.sites:
+        why = (
+            f"all {plan.num_folded} were folded into its weights; se-inject eject, without --fold, writes its state "
+            f"dict for --weights"
+            if plan.is_folded
+            else "its plan has no site; make another one"
+        )
+        raise ModelError(f"{type(model).__name__} has no block: {why}")
+
+
 def get_plan(model: nn.Module) -> Plan:
     """Return the plan that a model was injected with.
 

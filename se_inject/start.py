@@ -17,7 +17,7 @@ from se_inject.formats import InputFormat, check_input_size, read_format
 from se_inject.heads import count_channels, count_outputs, replace_head
 from se_inject.images import read_size
 from se_inject.provenance import Source
-from se_inject.rewrite import find_plan, inject
+from se_inject.rewrite import find_plan, inject, refuse_empty
 from se_inject.sources import takes_num_classes
 
 
@@ -63,10 +63,12 @@ def prepare_start(
         DataError: The network is no classifier, or its classifier cannot be replaced.
         SourceError: The artifact could not be built again with another number of classes.
         EmptyPlanError: The network has no place for a block.
+        ModelError: Its plan leaves it no block.
         OptionError: The input size is below 1, or the network has its blocks already and options of `inject` are given.
     """
     check_input_size(input_size)
     model = inject_once(model, options, input_size=input_size, inplace=True)
+    refuse_empty(model)  # what would be trained and compared "with SE" would have none
     form = read_model_format(model, source, input_size)
     num_outputs = count_outputs(model, form.size)
     fresh: frozenset[str] = frozenset()

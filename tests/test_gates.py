@@ -30,8 +30,9 @@ from se_inject.errors import DataError, ModelError
 from se_inject.gate_folding import find_gate_folds
 from se_inject.gate_statistics import GateTally
 from se_inject.gates import Passed, fix_gates, get_own_blocks, is_fresh
-from se_inject.restriction import FOLDED, fold_gates
-from se_inject.rewrite import get_plan
+from se_inject.plan import FOLDED
+from se_inject.restriction import fold_gates
+from se_inject.rewrite import find_plan, get_plan
 from tests import nets
 from tests.test_optimization import train_a_little
 
@@ -350,6 +351,21 @@ def test_all_blocks_can_go_and_the_file_still_says_how(model, tmp_path):
     save(folded, tmp_path / "folded.pt")
     x = torch.randn(2, 3, 8, 8)
     assert torch.equal(load(tmp_path / "folded.pt", base=Classifier)(x), folded(x))
+
+
+def test_what_is_left_when_all_blocks_are_gone_is_the_plain_network(model):
+    folded = fold_gates(model, {path: torch.full((16,), 0.7) for path in blocks(model)})
+    assert not is_fresh(folded)
+    with pytest.raises(
+        ModelError, match="Classifier has no block: all 2 were folded into its weights; se-inject eject"
+    ):
+        get_own_blocks(folded)
+    plain = eject(folded)
+    assert find_plan(plain) is None
+    assert vars(plain).keys() == vars(Classifier()).keys()
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain(x), folded(x))
+    assert len(blocks(inject(plain, example=x))) == 2
 
 
 def test_eject_folds_the_gates_that_it_is_given(model):

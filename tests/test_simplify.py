@@ -315,6 +315,41 @@ def test_the_original_comes_back_with_and_without_its_gates(run, artifact, data)
     assert json.loads(out)["top1"] > 90
 
 
+def test_a_network_whose_blocks_are_all_folded_says_so_and_how_to_go_on(run, artifact, data):  # noqa: F811
+    options = (*COMMON, "--data", data)
+    assert run("simplify", artifact, *options, "--max-drop", 100)[0] == 0
+    code, out, _ = run("eject", "smaller.pt", "--trust-source")
+    assert code == 0
+    assert out == (
+        "plain.pt: the state dict of Brightness, with its present weights, without gates but those of 3 blocks, which "
+        "they carry; give it as --weights plain.pt\n"
+    )
+    plain, folded = torch.load("plain.pt")["state_dict"], load("smaller.pt", trust_source=True).state_dict()
+    assert list(plain) == list(Brightness().state_dict())
+    assert all(torch.equal(value, folded[key]) for key, value in plain.items())
+    advice = "Brightness has no block: all 3 were folded into its weights; se-inject eject, without --fold, writes its"
+    tuning = ("finetune", "smaller.pt", "--trust-source", "--data", data, "--input-size", 8)
+    for words in (
+        ("simplify", "smaller.pt", *options),
+        ("report", "smaller.pt", *options),
+        ("eject", "smaller.pt", "--trust-source", "--fold", "--data", data, "--input-size", 8),
+        tuning,
+        (*tuning, "--compare"),
+        ("export", "smaller.pt", "--trust-source", "--to", "adapter"),
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (1, "")
+        assert advice in err
+    assert not Path("runs").exists()
+    assert run("export", "smaller.pt", "--trust-source", "--to", "folder", "--out", "folder")[0] == 0
+    card = Path("folder/README.md").read_text()
+    assert "All 3 blocks of channel attention, put in by se-inject" in card
+    assert "All 3 were folded into the weights.\n\nWithout a block:\n\n- 3 residual: its gate is folded into" in card
+    assert "How it was trained is not recorded here." in card
+    for wrong in ("have not been trained", "0 blocks", "identity, so", "| block |"):
+        assert wrong not in card
+
+
 @pytest.mark.parametrize(("args", "message"), [
     (("simplify", "tuned.pt", *COMMON, "--data", "nothing"), "there is no folder nothing"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images", "--out", "no/x.pt"), "there is no folder no"),

@@ -177,6 +177,20 @@ def read_validation(
     }
 
 
+def write_words(reader: functools.partial[Any]) -> list[str]:
+    """Write what a reader of options was given as words of the command line; what is as by default is left out."""
+    words = []
+    for name, parameter in inspect.signature(reader.func).parameters.items():
+        value, option = reader.keywords[name], name.replace("_", "-")
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            words.append(str(value))
+        elif isinstance(value, bool) and value != parameter.default:
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif value != parameter.default:
+            words += [f"--{option}", str(value)]
+    return words
+
+
 def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of a reader in place of a parameter, which gets a function that reads them."""
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import functools
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from se_inject import console
-from se_inject.arguments import AsJson, Device, Opened, open_model, read_validation, takes
+from se_inject.arguments import AsJson, Device, Opened, open_model, read_validation, takes, write_words
 from se_inject.errors import DataError, OptionError
 
 if TYPE_CHECKING:
     from se_inject.comparison import Result
     from se_inject.report import Report
 
-_SMALLER = "smaller.pt"
+_ADVISED = ("--max-drop", "0.1", "--out", "smaller.pt")
 
 
 @takes(open_model=open_model, read_validation=read_validation)
@@ -71,7 +70,9 @@ def run_report(
             input_size=options["input_size"], rounds=10, compiled=False, device=str(world.device)
         ),
         name=Path(name).name,
-        command=_write_command({**open_model.keywords, **read_validation.keywords}),
+        command=shlex.join(
+            ["se-inject", "simplify", *write_words(open_model), *write_words(read_validation), *_ADVISED]
+        ),
     )  # fmt: skip
     model, _, validation = open_validation(open_model, world=world, cache=CACHE, **options)
     with console.show_passes("report") as tell:
@@ -100,16 +101,6 @@ def _read_results(folder: Path, *, is_asked: bool) -> list[Result]:
     if is_asked and not results:
         raise DataError(f"{folder} holds no comparison; expected the folder of se-inject finetune --compare")
     return results
-
-
-def _write_command(given: Mapping[str, Any]) -> str:
-    """Write the command that does what the report advises, with the options that this one was given."""
-    words = ["se-inject", "simplify", str(given["model"]), *(["--trust-source"] if given["trust_source"] else [])]
-    words += ["--data", str(given["data"])]
-    for key, default in (("val_split", "validation"), ("split", None), ("input_size", None), ("max_bad", 0)):
-        if given[key] != default:
-            words += [f"--{key.replace('_', '-')}", str(given[key])]
-    return shlex.join([*words, "--max-drop", "0.1", "--out", _SMALLER])
 
 
 def _summarise(report: Report) -> str:

@@ -1,17 +1,23 @@
+import functools
 import gc
+import inspect
 import json
 import math
 import os
+import shlex
+import shutil
 import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from torch.utils.data import Dataset, Subset
 
 from se_inject import blocks, inject, save
-from se_inject.cli import main
+from se_inject.arguments import open_model, read_validation, write_words
+from se_inject.cli import app, main
 from se_inject.comparison import Result
 from se_inject.datasets import Data, open_data
 from se_inject.errors import DataError, ModelError, OptionError
@@ -436,10 +442,47 @@ def test_the_command_writes_the_page_the_numbers_and_the_figures(run, digits):
     assert {each["name"] for each in values["classes"]} == {"3", "8"}
     assert values["images"]["block"] == "down.se"
     assert values["control"]["control"] == 84.25
-    command = "se-inject simplify tuned.pt --trust-source --data digits --max-drop 0.1 --out smaller.pt"
+    command = "se-inject simplify tuned.pt --trust-source --data digits --workers 0 --max-drop 0.1 --out smaller.pt"
     assert values["command"] == command
     assert command in (digits / "report.html").read_text()
     assert (digits / "figures" / "variation.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tuned.pt", "--data", "digits"],
+        ["resnet18", "--weights", "my weights.pt", "--num-classes", "10", "--in-chans", "1", "--adapter", "it's.pt",
+         "--data", "torch/cifar10:my data", "--val-split", "test", "--download"],
+        ["mine:make", "--no-pretrained", "--trust-source", "--data", "digits", "--split", "runs/a b/split.json",
+         "--batch-size", "8", "--workers", "0", "--input-size", "32", "--max-bad", "3"],
+    ],
+)  # fmt: skip
+def test_the_advised_command_opens_what_the_report_was_made_of(words):
+    command = typer.main.get_command(app)
+
+    def read(verb, words):
+        values = command.commands[verb].make_context(verb, list(words)).params
+        names = {**inspect.signature(open_model).parameters, **inspect.signature(read_validation).parameters}
+        return {name: values[name] for name in names}
+
+    given = read("report", words)
+    readers = [
+        functools.partial(reader, **{name: given[name] for name in inspect.signature(reader).parameters})
+        for reader in (open_model, read_validation)
+    ]
+    written = [word for reader in readers for word in write_words(reader)]
+    assert written == words
+    assert read("simplify", written) == given
+
+
+def test_the_advised_command_can_be_given_to_a_shell(run, digits):
+    shutil.copy(digits / "tuned.pt", digits / "it's tuned.pt")
+    code, out, _ = run("it's tuned.pt", "--data", "digits", "--max-bad", "2", "--json")
+    assert code == 0
+    expected = ["se-inject", "simplify", "it's tuned.pt", "--trust-source", "--data", "digits", "--workers", "0"]
+    expected += ["--max-bad", "2", "--max-drop", "0.1", "--out", "smaller.pt"]
+    assert shlex.split(json.loads(out)["command"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -225,8 +225,8 @@ def _tabulate_blocks(plan: Plan) -> str:
     rows = ["| block | at | branch | channels | hidden | parameters |", "|---|---|---|---:|---:|---:|"]
     for site in plan.sites:
         cells = (
-            f"`{_quote(site.path)}`", f"{_quote(site.kind)}: `{_quote(site.merge)}`",
-            f"`{_quote(site.describe_branches())}`" if site.branches else "", f"{site.channels}",
+            f"`{_quote_in_cell(site.path)}`", f"{_quote_in_cell(site.kind)}: `{_quote_in_cell(site.merge)}`",
+            f"`{_quote_in_cell(site.describe_branches())}`" if site.branches else "", f"{site.channels}",
             f"{site.hidden or ''}", f"{site.num_parameters:,}",
         )  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
@@ -252,8 +252,13 @@ def _describe_license(card: Card) -> str:
 
 
 def _quote(text: str) -> str:
-    """Prepare text of anybody's for a span of code in a table's cell."""
-    return " ".join(str(text).replace("`", "'").replace("|", "\\|").split())
+    """Prepare text of anybody's for a span of code."""
+    return " ".join(str(text).replace("`", "'").split())
+
+
+def _quote_in_cell(text: str) -> str:
+    """Prepare text of anybody's for a span of code in a table's cell, where alone a bar is taken with a backslash."""
+    return _quote(text).replace("|", "\\|")
 
 
 def _escape(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import yaml
 from torch import nn
 
 from se_inject import blocks, inject, load, optimize, save, save_folder
+from se_inject.card import Card
 from se_inject.errors import ArtifactError, ModelError, OptionError
 from se_inject.provenance import Source
+from se_inject.rewrite import get_plan
 from se_inject.sources import open_network
 from tests import nets
 from tests.test_cli import failure, run  # noqa: F401
@@ -240,8 +243,16 @@ def test_names_of_anybodys_cannot_break_the_card(tmp_path):
     source = Source("timm", "test_resnet.r160_in1k", classes=classes)
     save_folder(make(), tmp_path / "birds", source=source)
     card = (tmp_path / "birds" / "README.md").read_text()
-    assert "Its 3 classes: `a\\|b`, `'</code><script>alert(1)</script>`, `x?---?license: mit`." in card
+    assert "Its 3 classes: `a|b`, `'</code><script>alert(1)</script>`, `x?---?license: mit`." in card
     assert read_front(tmp_path / "birds")["license"] == "unknown"
+
+
+def test_a_bar_is_escaped_in_tables_alone(model):
+    plan = get_plan(model)
+    plan = replace(plan, model="b|c", sites=(replace(plan.sites[0], merge="x = a | b"),))
+    card = str(Card("birds", "birds", plan, None, 10**6, is_fresh=False))
+    assert "`b|c` with 1 blocks" in card
+    assert r"residual: `x = a \| b` |" in card
 
 
 def test_the_command_line_writes_and_takes_a_folder(run, model, tmp_path, x):  # noqa: F811

@@ -99,12 +99,13 @@ def run_simplify(
     """Fold blocks whose gates hardly depend on the image into the layers beside them, and shrink the others."""
     from se_inject.artifact import save
     from se_inject.files import check_target
-    from se_inject.simplify import simplify
+    from se_inject.simplify import check_max_drop, simplify
     from se_inject.simplify_chart import SUFFIXES, draw_steps
     from se_inject.validation import CACHE, open_validation
     from se_inject.world import stay_alone
 
     check_target(out)
+    check_max_drop(max_drop)
     if plot is not None:
         check_target(plot, SUFFIXES)
     world = stay_alone(device)

@@ -101,6 +101,16 @@ class Simplified:
         }  # fmt: skip
 
 
+def check_max_drop(max_drop: float) -> None:
+    """Refuse a limit that no simplification could keep to.
+
+    Raises:
+        OptionError: It is negative or no number.
+    """
+    if not max_drop >= 0:
+        raise OptionError(f"max_drop is {max_drop:g}; expected points of per cent, at least 0")
+
+
 def simplify(
     model: nn.Module,
     validation: Validation,
@@ -123,7 +133,7 @@ def simplify(
         report: See `Report`.
 
     Raises:
-        OptionError: `max_drop` is negative.
+        OptionError: `max_drop` is negative or no number.
         ModelError: The network has no blocks of ours, or they were never trained.
         DataError: The images have no labels.
 
@@ -131,8 +141,7 @@ def simplify(
         >>> simplify(model, validation, max_drop=0.1).num_folded  # doctest: +SKIP
         9
     """
-    if not max_drop >= 0:
-        raise OptionError(f"max_drop is {max_drop:g}; expected points of per cent, at least 0")
+    check_max_drop(max_drop)
     found = find_gate_folds(model)
     trials = _Trials(model, validation, rounds, 2 + 2 * len(found.folds) + len(blocks(model)), report)
     start = trials.observe("the network as it is", Stage())

@@ -354,6 +354,8 @@ def test_a_network_whose_blocks_are_all_folded_says_so_and_how_to_go_on(run, art
     (("simplify", "tuned.pt", *COMMON, "--data", "nothing"), "there is no folder nothing"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images", "--out", "no/x.pt"), "there is no folder no"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images", "--max-drop", "-1"), "max_drop is -1"),
+    (("simplify", "none.pt", *COMMON, "--data", "nothing", "--max-drop", "-1"), "max_drop is -1"),
+    (("simplify", "none.pt", *COMMON, "--data", "nothing", "--max-drop", "nan"), "max_drop is nan"),
     (("simplify", "tuned.pt", *COMMON, "--data", "images/cat"), "images/cat"),
     (("simplify", NET, "--no-pretrained", *COMMON[1:], "--data", "images"), "Brightness has not been injected"),
     (("eject", "tuned.pt", "--trust-source", "--fold"), "--fold without --data; the mean gates"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -231,23 +231,24 @@ def _list_entries(model: nn.Module) -> Iterator[tuple[Entry, list[str], object]]
                 yield Entry(full, entry.method), names, plan.calls[entry.key]
 
 
-def _list_reads_around(model: nn.Module, entry: Entry) -> set[str]:
+def _list_reads_around(model: nn.Module, entry: Entry, list_reads: Callable[..., set[str]]) -> set[str]:
     """List what other methods of an owner, and of the modules around it, read."""
     parts = entry.path.split(".") if entry.path else []
     around = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts) + 1)]
-    reads = (list_reads_elsewhere(type(module), is_owner=module is around[-1]) for module in around)
+    reads = (list_reads(type(module), is_owner=module is around[-1]) for module in around)
     return set[str]().union(*reads)
 
 
 def _prepare(twin: Twin, course: Course) -> list[_Surgery]:
     """Do all that can fail: edit the graphs and write the code. Owners that cannot be followed are left as they are."""
     surgeries: dict[str, _Surgery] = {}
+    list_reads = functools.cache(list_reads_elsewhere)  # for this time: classes are not to be kept
     for entry, names, values in _list_entries(twin.model):
         prefix = f"{entry.path}." if entry.path else ""
         owner = twin.model.get_submodule(entry.path)
         bare = _list_below(prefix, (fold.norm for fold in course.folds if fold.is_bare))
         single = _list_below(prefix, (path for path, num in course.num_uses.items() if num == 1))
-        read = _list_reads_around(twin.model, entry)
+        read = _list_reads_around(twin.model, entry, list_reads)
         free = {path for path in single if path.partition(".")[0] not in read}
         call = decode_call(values, twin)
         try:

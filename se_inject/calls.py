@@ -17,7 +17,7 @@ from se_inject.errors import PlanError, TraceError
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.twin import Twin, get_dtype
 
-_MAX_NUMBERS = 1 << 31
+MAX_NUMBERS = 1 << 31
 METHODS = ("forward", "forward_features")
 """Methods that are entered from outside and so are rewritten on their own (timm's networks have both)."""
 
@@ -113,7 +113,7 @@ def _decode_tensor(shape: list[Any], name: str, channel_dim: object, twin: Twin)
     dtype = get_dtype(twin.model) if name == "model" else vars(torch).get(name)
     if not isinstance(dtype, torch.dtype):
         raise PlanError(f"not a plan of se-inject: {name!r:.80} is no type of a tensor")
-    is_shape = all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) <= _MAX_NUMBERS
+    is_shape = all(type(size) is int and size >= 0 for size in shape) and math.prod(shape) <= MAX_NUMBERS
     if not is_shape or not (channel_dim is None or (type(channel_dim) is int and -5 <= channel_dim < 5)):
         raise PlanError(f"not a plan of se-inject: {shape!r:.80} is no shape of a tensor")
     return set_channel_dim(twin.make_tensor(shape, dtype), channel_dim)

@@ -12,7 +12,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from se_inject.calls import Call
+from se_inject.calls import MAX_NUMBERS, Call
 from se_inject.errors import ExampleError, get_first_line
 from se_inject.twin import Twin, get_dtype
 
@@ -79,6 +79,9 @@ def _propose_calls(twin: Twin, size: int | None) -> Iterator[Call]:
         channels.append(known[0])  # the first convolution sees more where a network folds space into channels
     if size is not None:
         sizes = [(size,) * num_dims]
+        most = 2 * max(*channels, 3) * size**num_dims
+        if most > MAX_NUMBERS:
+            raise ExampleError(f"the input size is {size}, of which an input has {most:,} numbers; give a smaller one")
     num_inputs = _count_required(twin.model)
     for shape in dict.fromkeys(sizes):
         for num in dict.fromkeys((*channels, 3, 1)):

@@ -26,7 +26,7 @@ from se_inject.errors import ModelError, get_first_line
 from se_inject.marks import check_kind
 
 _ALONE = threading.RLock()
-_NESTED: list[bool] = []
+_NEVER = 10**6
 _NORM = torch.ops.aten.native_batch_norm.default
 
 
@@ -70,20 +70,16 @@ def alone() -> Iterator[None]:
     """Let one thread at a time look at a network's code, or write code.
 
     Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11 fails
-    where two threads use `ast` at once. Meanwhile garbage is looked for among new objects alone: torch has a million,
-    which take a quarter of a second to go over.
+    where two threads use `ast` at once. Meanwhile garbage is looked for among young objects alone: to go over all, of
+    which torch has a million, takes a quarter of a second, and comes later.
     """
     with _ALONE:
-        is_freezing = not _NESTED and not gc.get_freeze_count()  # else somebody has done so already
-        _NESTED.append(is_freezing)
-        if is_freezing:
-            gc.freeze()
+        youngest, young, old = gc.get_threshold()
+        gc.set_threshold(youngest, young, max(old, _NEVER))
         try:
             yield
         finally:
-            _NESTED.pop()
-            if is_freezing:
-                gc.unfreeze()
+            gc.set_threshold(youngest, young, old)
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from se_inject.errors import ModelError, get_first_line
 from se_inject.marks import check_kind
 
 _ALONE = threading.RLock()
-_NEVER = 10**6
 _NORM = torch.ops.aten.native_batch_norm.default
 
 
@@ -70,16 +69,17 @@ def alone() -> Iterator[None]:
     """Let one thread at a time look at a network's code, or write code.
 
     Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11 fails
-    where two threads use `ast` at once. Meanwhile garbage is looked for among young objects alone: to go over all, of
-    which torch has a million, takes a quarter of a second, and comes later.
+    where two threads use `ast` at once. Meanwhile Python's collector rests: to go over all objects, of which torch has
+    a million, takes a quarter of a second, and what is made in here would send it off several times.
     """
     with _ALONE:
-        youngest, young, old = gc.get_threshold()
-        gc.set_threshold(youngest, young, max(old, _NEVER))
+        is_collecting = gc.isenabled()
+        gc.disable()
         try:
             yield
         finally:
-            gc.set_threshold(youngest, young, old)
+            if is_collecting:
+                gc.enable()
 
 
 @contextmanager

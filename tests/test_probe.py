@@ -257,8 +257,12 @@ def test_fake_batch_norms_are_as_torchs(dtype, layout, training):
 
 
 def test_garbage_is_collected_as_before_when_a_plan_is_made():
-    before = gc.get_threshold(), gc.isenabled()
-    make_plan(nets.TwoBranches())
-    with pytest.raises(ModelError):
-        make_plan(nn.DataParallel(nets.TwoBranches()))
-    assert (gc.get_threshold(), gc.isenabled()) == before
+    for is_enabled in (True, False):
+        (gc.enable if is_enabled else gc.disable)()
+        try:
+            make_plan(nets.TwoBranches())
+            with pytest.raises(ModelError):
+                make_plan(nn.DataParallel(nets.TwoBranches()))
+            assert gc.isenabled() == is_enabled
+        finally:
+            gc.enable()

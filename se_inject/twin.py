@@ -32,7 +32,7 @@ _NORM = torch.ops.aten.native_batch_norm.default
 class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch
     """Torch's mode, which tells the shapes of a batch norm at once.
 
-    Torch's own takes the norm apart into some twenty operations for each shape that it has not met yet: a quarter of
+    Torch's own takes the norm apart into some twenty operations for each shape that it has not met yet: a fifth of
     the time of the first injection into a ResNet-50, and more where each norm has a shape of its own, as in a DenseNet.
     What the operator is handed was checked before it is called.
     """
@@ -69,8 +69,8 @@ def alone() -> Iterator[None]:
     """Let one thread at a time look at a network's code, or write code.
 
     Loggers, random states and what torch.fx replaces while it traces are those of all threads, and Python 3.11 fails
-    where two threads use `ast` at once. Meanwhile Python's collector rests: to go over all objects, of which torch has
-    a million, takes a quarter of a second, and what is made in here would send it off several times.
+    where two threads use `ast` at once. Meanwhile Python's collector rests: to go over all objects, of which there are
+    some 400,000 with torch and timm, takes a quarter of a second, and what is made in here would send it off.
     """
     with _ALONE:
         is_collecting = gc.isenabled()

@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from se_inject.calls import Call
 from se_inject.faithful import get_modes, kept_attributes, kept_random_state
-from se_inject.tracing import replaced
+from se_inject.interception import intercepted
 from se_inject.twin import Twin, apart, get_device, set_training
 
 _PLAIN = (type(None), bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -142,9 +142,8 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
     @contextmanager
     def noted_calls(self) -> Iterator[None]:
         """Let the call of a child be one step."""
-        original = nn.Module.__call__
 
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        def call(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             if self._is_inside or threading.get_ident() != self._thread:
                 return original(module, *args, **kwargs)
             form, arguments = self._encode((args, kwargs))
@@ -156,7 +155,7 @@ class _Account(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch
             self._add(Step(f"call of {id(module)}", form, arguments, is_kept=True), result)
             return result
 
-        with replaced(nn.Module, "__call__", call):
+        with intercepted("__call__", call):
             yield
 
     def _call(self, module: nn.Module, original: Callable[..., Any], args: Any, kwargs: Any) -> Any:

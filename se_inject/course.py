@@ -26,7 +26,7 @@ from se_inject.account import describe_value
 from se_inject.faithful import list_held, list_inside
 from se_inject.folding import Fold, find_extras, is_hooked, lacks_bias, make_bias
 from se_inject.functions import CONVOLUTIONS
-from se_inject.tracing import replaced
+from se_inject.interception import intercepted
 
 _BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
 _PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -222,16 +222,15 @@ class Watch(TorchFunctionMode):
     @contextmanager
     def noted_calls(self) -> Iterator[None]:
         """Note what hooks are shown, and what scripted modules read, whose functions are not seen."""
-        original = nn.Module.__call__
 
-        def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        def call(original: Callable[..., Any], module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
             result = original(module, *args, **kwargs)
             if is_hooked(module) or isinstance(module, torch.jit.ScriptModule):
                 for x in tree_leaves((args, kwargs, result)):
                     self.note_reader(x, None)
             return result
 
-        with replaced(nn.Module, "__call__", call):
+        with intercepted("__call__", call):
             yield
 
     def note_use(self, leaves: Iterable[object]) -> None:

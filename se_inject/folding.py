@@ -48,7 +48,7 @@ def lacks_bias(convolution: _ConvNd) -> bool:
 def make_bias(convolution: _ConvNd) -> nn.Parameter:
     """Make a bias (C,) of zeros."""
     weight = convolution.weight
-    return nn.Parameter(weight.detach().new_zeros(convolution.out_channels), requires_grad=weight.requires_grad)
+    return nn.Parameter(weight.new_zeros(convolution.out_channels), requires_grad=weight.requires_grad)
 
 
 def find_replaced(model: nn.Module, folds: Iterable[Fold]) -> list[Tensor]:

@@ -23,10 +23,11 @@ from se_inject.calls import METHODS, Call, Entry
 from se_inject.errors import ExampleError, get_first_line
 from se_inject.examples import describe_shapes, list_calls
 from se_inject.faithful import kept_random_state, watch_state
+from se_inject.fakes import FakeMode
 from se_inject.instructions import lists_children
 from se_inject.layouts import find_channel_dim, set_channel_dim
 from se_inject.operations import LayerCall, MergeCall, Watch, count_positions, is_map
-from se_inject.twin import FakeMode, Twin, apart, check_model, get_device, make_twin, set_training
+from se_inject.twin import Twin, apart, check_model, get_device, make_twin, set_training
 
 # What a forward raises over fake tensors where it asks for values.
 DATA_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)

@@ -36,6 +36,7 @@ from se_inject.instructions import (
     find_handler,
     find_mode_read,
 )
+from se_inject.interception import intercepted
 from se_inject.readings import fix_numbers
 from se_inject.recording import ShallowTracer
 from se_inject.twin import Twin, apart, set_training
@@ -210,31 +211,29 @@ def _noted_questions(tracer: ShallowTracer) -> Iterator[None]:
 
 def _noted_mode_switches(tracer: ShallowTracer) -> AbstractContextManager[None]:
     """Note that code puts a module into train or eval mode, which is no operation that a graph holds."""
-    original = nn.Module.train
 
-    def train(self: nn.Module, mode: bool = True) -> nn.Module:  # noqa: FBT001, FBT002  torch's
+    def train(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not tracer.is_idle:
             tracer.doubts.append("its code puts a module into train or eval mode")
-        return original(self, mode)
+        return original(module, *args, **kwargs)
 
-    return replaced(nn.Module, "train", train)
+    return intercepted("train", train)
 
 
 @contextmanager
 def _noted_attribute_writes(tracer: ShallowTracer, owner: nn.Module) -> Iterator[None]:
     """Note that code sets an attribute of another module, and put it back; its own are looked at by themselves."""
-    original = nn.Module.__setattr__
     written: dict[nn.Module, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
 
-    def write(self: nn.Module, name: str, value: Any) -> None:
-        if self is not owner and not tracer.is_idle and self not in written:
+    def write(original: Callable[..., Any], module: nn.Module, name: str, value: Any) -> None:
+        if module is not owner and not tracer.is_idle and module not in written:
             tracer.doubts.append("its code sets an attribute of another module")
-            held = (vars(self), self._parameters, self._buffers, self._modules)
-            written[self] = [(place, dict(place)) for place in held]
-        original(self, name, value)
+            held = (vars(module), module._parameters, module._buffers, module._modules)
+            written[module] = [(place, dict(place)) for place in held]
+        original(module, name, value)
 
     try:
-        with replaced(nn.Module, "__setattr__", write):
+        with intercepted("__setattr__", write):
             yield
     finally:
         for place, before in (pair for pairs in written.values() for pair in pairs):

@@ -10,43 +10,24 @@ import gc
 import logging
 import threading
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import UninitializedParameter
 
 from se_inject.block import is_block
 from se_inject.caches import kept_caches
 from se_inject.errors import ModelError, get_first_line
+from se_inject.fakes import FakeMode
+from se_inject.interception import intercepting
 from se_inject.marks import check_kind
 
 _ALONE = threading.RLock()
-_NORM = torch.ops.aten.native_batch_norm.default
-
-
-class FakeMode(FakeTensorMode):  # type: ignore[no-untyped-call]  # torch
-    """Torch's mode, which tells the shapes of a batch norm at once.
-
-    Torch's own takes the norm apart into some twenty operations for each shape that it has not met yet: a fifth of
-    the time of the first injection into a ResNet-50, and more where each norm has a shape of its own, as in a DenseNet.
-    What the operator is handed was checked before it is called.
-    """
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run an operator over fake tensors."""
-        if func is not _NORM:
-            return super().__torch_dispatch__(func, types, args, kwargs or {})
-        x, *_, is_training, _, _ = args
-        num_kept = x.shape[1] if is_training or x.device.type != "cpu" else 0
-        with self:
-            return torch.empty_like(x), x.new_empty(num_kept), x.new_empty(num_kept)
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,7 @@ def alone() -> Iterator[None]:
     where two threads use `ast` at once. Meanwhile Python's collector rests: to go over all objects, of which there are
     some 400,000 with torch and timm, takes a quarter of a second, and what is made in here would send it off.
     """
-    with _ALONE:
+    with _ALONE, intercepting():
         is_collecting = gc.isenabled()
         gc.disable()
         try:
@@ -97,17 +78,17 @@ def apart(model: nn.Module, *, refuse_traced: bool = False) -> Iterator[None]:
     """
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     with alone(), kept_caches(model, refuse_traced=refuse_traced):
-        level = logger.level
-        logger.setLevel(logging.CRITICAL)
+        is_disabled = logger.disabled
+        logger.disabled = True
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logger.disabled = is_disabled
 
 
 def get_device(model: nn.Module) -> torch.device:
     """Return the device of the model's first parameter or buffer (the CPU if it has none)."""
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def get_dtype(model: nn.Module) -> torch.dtype:

@@ -26,7 +26,7 @@ from se_inject.files import check_suffix
 from se_inject.marks import ADAPTERS, SOURCE, find_mark, mark_module
 from se_inject.plan import Plan
 from se_inject.records import compute_digest, read_record, write_record
-from se_inject.rewrite import blocks, find_plan, get_plan, inject, refuse_empty, refuse_optimized
+from se_inject.rewrite import blocks, find_plan, get_plan, inject, refuse_empty, refuse_lost, refuse_optimized
 
 FORMAT = "se-inject adapter"
 
@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: `.pt`, `.pth` or `.safetensors`.
 
     Raises:
-        ModelError: The model has not been injected, has no block left, or its blocks were made by a factory.
+        ModelError: The model has not been injected, has lost a block or has none, or its blocks were made by a factory.
         ArtifactError: The file cannot be written.
 
     Example:
@@ -95,6 +95,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike[str]) -> None:
     check_suffix(target)
     adapter = get_adapter(model)
     refuse_empty(model)
+    refuse_lost(model)
     try:
         find_recipe(adapter.plan.block)
     except OptionError as error:

@@ -28,7 +28,7 @@ from se_inject.optimization import find_optimization, optimize_again
 from se_inject.plan import SE, Plan
 from se_inject.provenance import UNRECORDED, Source
 from se_inject.records import read_record, write_record
-from se_inject.rewrite import blocks, find_plan, get_plan, inject
+from se_inject.rewrite import blocks, find_plan, get_plan, inject, refuse_lost
 from se_inject.sources import build_skeleton
 
 FORMAT = "se-inject"
@@ -46,8 +46,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
             as timm builds them. For others give `base=` to `load`.
 
     Raises:
-        ModelError: The model has not been injected.
-        ArtifactError: The file cannot be written.
+        ModelError: The model has not been injected, or has lost a block.
+        ArtifactError: The file cannot be written, or the state dict holds something else than plain tensors.
 
     Example:
         >>> import timm
@@ -58,6 +58,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     while find_plan(model) is None and isinstance(inner := _get_wrapped(model), nn.Module):
         model = inner
     plan = find_plan(model) or get_plan(model)
+    refuse_lost(model)
     source = source or get_source(model) or _recognise_timm(model)
     if source is not None and source.library == "timm":  # reset_classifier may have been called since
         num_classes = getattr(model, "num_classes", None)
@@ -73,17 +74,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, source: Source | Non
     own = {path: block for path, block in blocks(model).items() if isinstance(block, SqueezeExcite)}
     if gains := {path: block.gain for path, block in own.items() if block.gain != GAIN}:
         values["gains"] = gains
-    state = model.state_dict()
-    others = [key for key, value in state.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ArtifactError(f"the state dict holds {others[0]!r}, which is no tensor; an artifact holds tensors alone")
-    special = [key for key, value in state.items() if type(value) not in {Tensor, nn.Parameter}]
-    if special:
-        raise ArtifactError(
-            f"{special[0]} is a tensor of the class {type(state[special[0]]).__name__} (a quantised or a distributed "
-            f"one); an artifact holds plain tensors alone: save first, quantise after"
-        )
-    write_record(target, FORMAT, values, state)
+    write_record(target, FORMAT, values, model.state_dict())
 
 
 def load(

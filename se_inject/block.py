@@ -205,7 +205,8 @@ class SqueezeExcite(nn.Module):
         """Show channels and reduction ratio: `SqueezeExcite(256, 16)`."""
         usual = {"channel_dim": 1, "squeeze": "mean", "gate": "sigmoid"}
         rest = [f", {name}={getattr(self, name)!r}" for name, value in usual.items() if getattr(self, name) != value]
-        return f"{self.channels}, {self.r:g}" + "".join(rest)
+        # A layer that stands in for the block's own, as those of LoRA do, need not tell its channels.
+        return f"{getattr(self, 'channels', '?')}, {self.r:g}" + "".join(rest)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"

@@ -38,7 +38,7 @@ from se_inject.programs import (
 )
 from se_inject.provenance import Source
 from se_inject.rewrite import copy_model, find_plan
-from se_inject.trials import compare_outputs, draw_call, draw_smaller, draw_trials, run_call
+from se_inject.trials import compare_outputs, draw_call, draw_sizes, draw_smaller, draw_trials, run_call
 from se_inject.twin import make_twin
 
 Format = Literal["torch.export", "onnx", "artifact"]
@@ -197,13 +197,11 @@ def _make_program(
             given, *trials = draw(freedom)
             program = make_program(network, given, target.suffix, freedom)
             difference = compare_outputs(program.run, reference, trials)
-            refusal = _try_smaller(program, reference, trials[-1]) if freedom.size else ""
+            refusals = _try_sizes(program, reference, given, trials[-1]) if freedom.size else []
         except Exception as error:  # noqa: BLE001  torch raises anything where it cannot follow a network
             reasons[freedom] = explain_failure(error)
             continue
-        notes = _explain(reasons, freedom)
-        if refusal:
-            notes.append(f"much smaller images than those of the injection are refused: {refusal}")
+        notes = [*_explain(reasons, freedom), *refusals]
         if not program.is_read:
             notes.append(f"{target} was not run, for onnxruntime is not installed; {INSTALL}")
         return program, Deployment(
@@ -216,15 +214,28 @@ def _make_program(
     raise ExportError(f"{type(reference).__name__} cannot be written as {target.suffix}: {[*reasons.values()][-1]}")
 
 
-def _try_smaller(program: Program, reference: nn.Module, call: Call) -> str:
-    """Return why a program refuses smaller images; nothing if it takes them."""
-    try:
-        compare_outputs(program.run, reference, draw_smaller(call, reference))
-    except ExportError:
-        raise
-    except Exception as error:  # noqa: BLE001  runtimes raise anything
-        return explain_failure(error)
-    return ""
+def _try_sizes(program: Program, reference: nn.Module, given: Call, call: Call) -> list[str]:
+    """Try a program on much smaller images than those of a call, and where what torch found it to hold for ends.
+
+    Returns:
+        What it refuses.
+
+    Raises:
+        ExportError: It takes them and gives something else than the network does.
+    """
+    trials = {
+        "much smaller images than those of the injection": draw_smaller(call, reference),
+        "images of some sizes": draw_sizes(given, reference, None, program.edges),
+    }
+    refused = []
+    for what, calls in trials.items():
+        try:
+            compare_outputs(program.run, reference, calls)
+        except ExportError:
+            raise
+        except Exception as error:  # noqa: BLE001  runtimes raise anything
+            refused.append(f"{what} are refused: {explain_failure(error)}")
+    return refused[:1]
 
 
 def _explain(reasons: Mapping[Freedom, str], found: Freedom) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ class FusedSqueezeExcite(SqueezeExcite):
     @property
     def channels(self) -> int:
         """C; the layers are linear ones here."""
-        return len(self.fc2.weight)
+        return cast("nn.Linear", self.fc2).out_features
 
     def extra_repr(self) -> str:
         """Show what is done beside, and how: `256, 16, relu, kernels`."""

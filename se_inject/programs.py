@@ -34,6 +34,8 @@ INSTALL = "pip install 'se-inject[onnx]'"
 _ONNX_LIMIT = 2**31 - 2**20
 """Bytes of tensors that one file can hold: protobuf's limit, less room for the graph."""
 _SPATIAL = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+_LARGEST = 4096
+"""Height or width of the largest images that a program is tried on."""
 # They say what is in the errors too, and that an output is None.
 _LOGGERS = ("torch.fx.experimental.symbolic_shapes", "torch.onnx._internal.exporter._core")
 
@@ -45,11 +47,14 @@ class Program:
     Attributes:
         data: What a file holds.
         run: Runs it, with the arguments of the network.
+        edges: By how many pixels the images of the call would have to be larger or smaller so as to lie just outside of
+            what torch found the program to hold for, one size at a time. A file of ONNX does not keep what that is.
         is_read: Whether `run` is what was read from the bytes; without onnxruntime it is what they were made from.
     """
 
     data: bytes
     run: Callable[..., object]
+    edges: tuple[tuple[int, ...], ...] = ()
     is_read: bool = True
 
 
@@ -110,12 +115,14 @@ def make_program(network: nn.Module, call: Call, suffix: str, freedom: Freedom) 
     """
     with _hushed(), kept_caches(network):  # torch runs it over fake tensors
         exported = _export(network, call, freedom)
+        edges = tuple(_find_edges(exported, list_tensors(call)))
         if suffix == TORCH:
             buffer = io.BytesIO()
             torch.export.save(exported, buffer)
-            return Program(buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module())
+            return Program(buffer.getvalue(), torch.export.load(io.BytesIO(buffer.getvalue())).module(), edges)
         data = _serialize_onnx(exported, [freedom.name(tensor) for tensor in list_tensors(call)])
-    return Program(data, _open_onnx(data)) if _is_installed("onnxruntime") else Program(data, exported.module(), False)
+    is_read = _is_installed("onnxruntime")
+    return Program(data, _open_onnx(data) if is_read else exported.module(), edges, is_read)
 
 
 def list_tensors(call: Call) -> list[Tensor]:
@@ -142,6 +149,19 @@ def _export(network: nn.Module, call: Call, freedom: Freedom) -> ExportedProgram
     exported = torch.export.export(network, call.args, call.kwargs, dynamic_shapes=shapes if is_open else None)
     _shorten_traces(exported)
     return exported
+
+
+def _find_edges(exported: ExportedProgram, tensors: Sequence[Tensor]) -> Iterator[tuple[int, ...]]:
+    """Find the sizes just outside of what a program holds for; from 2 on is all that torch ever says of a size."""
+    names = set(exported.graph_signature.user_inputs)
+    given = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+    for tensor, fake in zip(tensors, (x for x in given if isinstance(x, Tensor)), strict=True):
+        for place, size in enumerate(fake.shape[2:]):
+            limits = exported.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+            ends: list[tuple[Any, int]] = [] if limits is None else [(limits.lower, -1), (limits.upper, 1)]
+            for end, beyond in ends:
+                if 2 < end <= _LARGEST:
+                    yield (*[0] * place, int(end) + beyond - tensor.shape[2 + place])
 
 
 def _shorten_traces(exported: ExportedProgram) -> None:

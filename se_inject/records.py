@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from se_inject.claims import check_tensors, check_values
 from se_inject.errors import ArtifactError
@@ -72,13 +72,29 @@ def compute_digest(tensors: Mapping[str, Tensor], values: object = None) -> str:
     """Compute the SHA-256 of plain values, and of the names, types, shapes and numbers of tensors.
 
     The order of the names does not matter, nor do devices and memory formats.
+
+    Raises:
+        ArtifactError: There is something else among them than plain tensors.
     """
+    _check_plain(tensors)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\n{json.dumps(name)} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _check_plain(tensors: Mapping[str, object]) -> None:
+    others = [name for name, value in tensors.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ArtifactError(f"the state dict holds {others[0]!r}, which is no tensor; an artifact holds tensors alone")
+    special = [name for name, value in tensors.items() if type(value) not in {Tensor, nn.Parameter}]
+    if special:
+        raise ArtifactError(
+            f"{special[0]} is a tensor of the class {type(tensors[special[0]]).__name__} (a quantised or a distributed "
+            f"one); an artifact holds plain tensors alone: save first, quantise after"
+        )
 
 
 def _name(kind: str) -> str:

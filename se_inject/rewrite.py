@@ -22,7 +22,7 @@ from se_inject.attention import make_block
 from se_inject.block import Gate, Squeeze, is_block, mark_block
 from se_inject.codegen import Method
 from se_inject.draft import is_free
-from se_inject.errors import ModelError, OptionError, PlanError, TraceError
+from se_inject.errors import ModelError, OptionError, PlanError, TraceError, get_first_line
 from se_inject.generated import derive_class
 from se_inject.inspection import write_entry
 from se_inject.marks import OPTIMIZED, PLAN, REMOVED, Removed, check_kind, find_mark, mark_module
@@ -61,8 +61,11 @@ def inject(
 ) -> nn.Module:
     """Put squeeze-and-excitation blocks into a trained network, as an exact identity.
 
-    The result gives the same outputs as the model, bit for bit, until its blocks are trained. It is of the same class,
-    with the same attributes and state-dict keys; `blocks` lists what is new.
+    The result gives the same outputs as the model, bit for bit, until its blocks are trained. It is of the same
+    class, with the same attributes and state-dict keys; `blocks` lists what is new. Arguments that the example
+    leaves at their defaults, and flags, keep the values that they have there: code that reads them refuses others.
+    The network's own hooks are run too while a copy of it runs over fake tensors, without numbers; one that keeps
+    what it sees keeps such a tensor.
 
     Args:
         model: The trained network.
@@ -160,6 +163,22 @@ def refuse_empty(model: nn.Module) -> None:
             else "its plan has no site; make another one"
         )
         raise ModelError(f"{type(model).__name__} has no block: {why}")
+
+
+def refuse_lost(model: nn.Module) -> None:
+    """Refuse a network one of whose blocks is no longer where its plan has it.
+
+    Raises:
+        ModelError: It was taken out, or something else stands in its place; a file would not be readable again.
+    """
+    plan, own = find_plan(model), blocks(model)
+    lost = [site.path for site in plan.sites if site.path not in own] if plan is not None else []
+    if lost:
+        held = dict(model.named_modules()).get(lost[0])
+        raise ModelError(
+            f"{lost[0]} was a block and is {'gone' if held is None else f'now of class {type(held).__name__}'}; "
+            f"inject with exclude= or with a plan that has no site there, or keep the network with torch.save"
+        )
 
 
 def get_plan(model: nn.Module) -> Plan:
@@ -306,8 +325,8 @@ def copy_model(model: nn.Module, shared: Iterable[Tensor] = ()) -> nn.Module:
     try:
         with torch.no_grad():  # else the parameters of a scripted module's copy would be no leaves
             copied = copy.deepcopy(model, {id(parameter): parameter for parameter in shared})
-    except (TypeError, RuntimeError, pickle.PickleError) as error:
-        line = str(error).splitlines()[0]
+    except (TypeError, RuntimeError, AssertionError, pickle.PickleError) as error:
+        line = get_first_line(error)
         raise ModelError(
             f"{type(model).__name__} cannot be copied ({line}); make pruned or normalised weights permanent "
             f"(torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm) first; `inject` alone can do "

@@ -57,18 +57,19 @@ def draw_trials(call: Call, model: nn.Module, freedom: Freedom, *, num_images: i
     if not freedom.size:
         return trials
     # Small images end in maps of one pixel, which torch takes for a constant: it is exported on larger ones.
-    larger = _draw_sizes(call, model, batches[0], [(64, 96, 32), (32, 0, 64), (7, 3, 5)])
+    larger = draw_sizes(call, model, batches[0], [(64, 96, 32), (32, 0, 64), (7, 3, 5)])
     if not larger:
         raise ExportError("the network takes no other size")
     return [*larger, *trials]
 
 
 def draw_smaller(call: Call, model: nn.Module) -> list[Call]:
-    """Draw smaller images than those of a call, which a program may refuse."""
-    return _draw_sizes(call, model, None, [(-9, -2, -4), (-32, 32, 0)])
+    """Draw smaller images than those of a call, which a program may refuse; the last ones have half the size."""
+    half = tuple(-(size // 2) for size in max((x.shape[2:] for x in list_tensors(call)), key=len))
+    return draw_sizes(call, model, None, [(-9, -2, -4), (-32, 32, 0), half])
 
 
-def _draw_sizes(call: Call, model: nn.Module, batch: int | None, sizes: Iterable[tuple[int, ...]]) -> list[Call]:
+def draw_sizes(call: Call, model: nn.Module, batch: int | None, sizes: Iterable[tuple[int, ...]]) -> list[Call]:
     """Draw images that are larger by so many pixels, as far as the network runs on them."""
     drawn = []
     for grow in sizes:

@@ -105,6 +105,8 @@ def check_model(model: nn.Module) -> None:
     check_kind(model)
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"the model is wrapped in {type(model).__name__}; inject first (model.module), wrap after")
+    if any(type(x).__name__ == "DTensor" for x in model.parameters()):
+        raise ModelError("the model's parameters are sharded (DTensor); inject first, shard after")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("the model is scripted (TorchScript); inject first, trace or export after")
     for path, module in model.named_modules():
@@ -154,7 +156,7 @@ def make_twin(model: nn.Module, mode: FakeMode | None = None) -> Twin:
             fake = mode.from_tensor(tensor.detach(), static_shapes=True)
             memo[key] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
         return Twin(copy.deepcopy(model, memo), mode)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, AttributeError, AssertionError) as error:
         message = f"{type(model).__name__} cannot be copied ({get_first_line(error)}); it must work with copy.deepcopy"
         raise ModelError(message) from error
 

@@ -6,7 +6,7 @@ import torch
 import torchvision
 from torch import nn
 
-from se_inject import blocks, inject, load, make_plan, save
+from se_inject import blocks, inject, load, make_plan, save, save_adapter
 from se_inject.artifact import read_artifact
 from se_inject.errors import ArtifactError, ModelError, SourceError
 from se_inject.provenance import Source
@@ -132,6 +132,18 @@ def test_a_classifier_that_was_reset_is_written_down(tmp_path, x):
 def test_what_was_not_injected_is_not_saved(tmp_path):
     with pytest.raises(ModelError, match="has not been injected"):
         save(nets.UNet(), tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("write", "name"), [(save, "model.pt"), (save_adapter, "adapter.safetensors")])
+def test_a_network_that_lost_a_block_is_not_saved(write, name, tmp_path):
+    model = trained(timm.create_model("resnet18"))
+    model.layer2[1].se = nn.Identity()
+    with pytest.raises(ModelError, match=r"layer2\.1\.se was a block and is now of class Identity"):
+        write(model, tmp_path / name)
+    del model.layer2[1].se
+    with pytest.raises(ModelError, match=r"layer2\.1\.se was a block and is gone"):
+        write(model, tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 

@@ -82,6 +82,13 @@ def test_a_block_shows_channels_and_ratio():
     assert repr(SqueezeExcite(256, 16)) == "SqueezeExcite(256, 16)"
 
 
+def test_a_block_with_a_layer_of_another_kind_shows_what_it_knows():
+    block = SqueezeExcite(256, 16)
+    block.fc2 = nn.Sequential(block.fc2)
+    assert repr(block) == "SqueezeExcite(?, 16)"
+    assert "SqueezeExcite(?, 16)" in repr(nn.Sequential(block))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_under_autocast_the_map_keeps_its_type(training):
     block = SqueezeExcite(32).train(training)

@@ -1,5 +1,6 @@
 """What is written does what the network does, runs without its code, and is there whole or not at all."""
 
+import contextlib
 import copy
 import doctest
 import json
@@ -171,6 +172,34 @@ def test_a_size_that_cannot_be_left_open_is_fixed(suffix, tmp_path):
     assert (written.inputs, written.size, written.batch) == ((("N", 3, 16, 16),), "fixed", "dynamic")
     assert [note.partition(": ")[0] for note in written.notes] == ["the size is fixed, for it cannot be left open"]
     assert_close(open_program(tmp_path / f"x{suffix}"), model, torch.randn(5, 3, 16, 16))
+
+
+class Threshold(nn.Module):
+    """Does something else with images from some size on."""
+
+    def __init__(self, dim, size):
+        super().__init__()
+        self.dim, self.size = dim, size
+        self.body = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = torch.relu(x + self.body(x))
+        return y * 3 if x.shape[self.dim] < self.size else y
+
+
+@pytest.mark.parametrize(("dim", "size"), [(2, 20), (3, 31), (2, 150)])
+def test_a_program_that_holds_for_some_sizes_says_so_or_is_fixed(dim, size, tmp_path):
+    model = train_a_little(inject(Threshold(dim, size), example=torch.zeros(2, 3, 32, 32)))
+    assert deploy(model, tmp_path / "x.onnx", dynamic_size=True).size == "fixed"  # it would not refuse the others
+    written = deploy(model, tmp_path / "x.pt2", dynamic_size=True)
+    assert written.size == "dynamic"
+    assert "are refused: " in written.notes[0]
+    program, taken = open_program(tmp_path / "x.pt2"), []
+    for x in (torch.randn(1, 3, size - 1, size - 1), torch.randn(1, 3, size, size)):
+        with contextlib.suppress(AssertionError):
+            taken.append((program(x), model(x)))
+    [([output], expected)] = taken
+    torch.testing.assert_close(output, expected)
 
 
 @pytest.mark.parametrize(("dims", "letters"), [(1, ("L",)), (3, ("D", "H", "W"))])

@@ -112,6 +112,38 @@ def test_ddp_over_gloo_gives_the_gradients_of_one_process(tmp_path):
     run_in_two(script, tmp_path)
 
 
+def test_sharded_networks_are_refused(tmp_path):
+    script = """
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.device_mesh import init_device_mesh
+        from se_inject import eject, inject, make_plan, optimize, save, save_adapter, standardize
+        from se_inject.errors import SEInjectError
+        from tests import nets
+
+        mesh = init_device_mesh("cpu", (2,))
+        plain, injected = nets.TwoBranches(), inject(nets.TwoBranches())
+        for model in (plain, injected):
+            fully_shard(model, mesh=mesh)
+        attempts = [
+            (plain, make_plan, "sharded"),
+            (plain, inject, "sharded"),
+            (plain, lambda model: inject(model, inplace=True), "sharded"),
+            (injected, optimize, "cannot be copied"),
+            (injected, eject, "cannot be copied"),
+            (injected, standardize, "cannot be copied"),
+            (injected, lambda model: save(model, "model.pt"), "DTensor"),
+            (injected, lambda model: save_adapter(model, "adapter.pt"), "DTensor"),
+        ]
+        for model, attempt, reason in attempts:
+            try:
+                attempt(model)
+                raise SystemExit("a sharded network was accepted")
+            except SEInjectError as error:
+                assert reason in str(error), error
+        """
+    run_in_two(script, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_moving_averages_of_timm(trained, x):
     from timm.utils import ModelEmaV2, ModelEmaV3

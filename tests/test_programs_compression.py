@@ -173,3 +173,13 @@ def test_torch_quantises_the_weights_of_the_classifier_while_it_runs():
     assert isinstance(quantised.fc, torch.ao.nn.quantized.dynamic.Linear)
     with torch.no_grad():
         assert_close_enough(quantised(x), model(x), 0.1)
+
+
+@QUANTISED_TENSORS
+def test_torch_quantises_the_layers_of_fused_blocks_while_they_run():
+    model = optimize(make_tuned())
+    x = torch.randn(X)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert "FusedSqueezeExcite(\n        512, 16, relu" in repr(quantised)
+    with torch.no_grad():
+        assert_close_enough(quantised(x), model(x), 0.1)

@@ -6,7 +6,9 @@ Takes a `Report`, gives a `Chart` for each place of the page, and writes the fig
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ _STEP = 15
 """Height of a row, in pixels."""
 _PANEL = (190, 150)
 """Width (in a picture) and height of a block's gates by channel."""
+_EPSILON = 2**-23
+"""Of single precision."""
 # The middle of a long path says least.
 _LABEL = "length(datum.label) > 24 ? slice(datum.label, 0, 8) + '…' + slice(datum.label, -15) : datum.label"
 
@@ -40,22 +44,41 @@ def name_lines(classes: Sequence[ClassFacts]) -> list[str]:
 
 def draw_panel(panel: Panel, classes: Sequence[ClassFacts]) -> list[Chart]:
     """Draw the mean gates by channel, a chart a block of a stage, all with the same axis of gates."""
-    names, scale = name_lines(classes), _make_scale(panel)
+    names, span = name_lines(classes), _measure_span(panel)
     return [
         Chart(
             f"stage-{panel.stage}-block-{i}",
             f"Mean gate by channel of {profile.path}, for {', '.join(names)}",
-            _draw_profile(profile, names, scale, is_hovered=True),
+            _draw_profile(profile, names, span, is_hovered=True),
         )
         for i, profile in enumerate(panel.profiles)
     ]
 
 
-def _make_scale(panel: Panel) -> Any:
+@dataclass(frozen=True)
+class _Span:
+    """The part of the axis of gates that a panel shows.
+
+    Attributes:
+        limits: The lowest and the highest gate, with a margin that is wider than what rounding moves a gate by.
+        decimals: Of what is drawn: at most a thousandth of the part, less than a chart can show.
+    """
+
+    limits: tuple[float, float]
+    decimals: int
+
+    def round(self, number: float | None) -> float | None:
+        """Round a gate, or a standard deviation of it."""
+        return None if number is None else round(number, self.decimals)
+
+
+def _measure_span(panel: Panel) -> _Span:
     edges = [edge for profile in panel.profiles for edge in _list_edges(profile)]
-    margin = 0.05 * (max(edges) - min(edges)) or 0.05
-    domain = [shorten(min(edges) - margin), shorten(max(edges) + margin)]
-    return import_altair().Scale(domain=domain, nice=False, zero=False)
+    low, high = min(edges), max(edges)
+    # What gates in single precision do not tell apart is one value, and no range to be shown large.
+    length = high - low if high - low > _EPSILON * abs(high) else 1.0
+    decimals = 3 - math.floor(math.log10(length)) if math.isfinite(length) else 3
+    return _Span((round(low - 0.05 * length, decimals), round(high + 0.05 * length, decimals)), decimals)
 
 
 def _list_edges(profile: Profile) -> Iterator[float]:
@@ -64,11 +87,12 @@ def _list_edges(profile: Profile) -> Iterator[float]:
             yield from (mean - deviation, mean + deviation)
 
 
-def _draw_profile(profile: Profile, names: Sequence[str], scale: Any, *, is_hovered: bool) -> Any:
+def _draw_profile(profile: Profile, names: Sequence[str], span: _Span, *, is_hovered: bool) -> Any:
     """Draw lines (means) over bands (a standard deviation to either side within a class), and what is hovered over."""
     alt = import_altair()
+    scale = alt.Scale(domain=list(span.limits), nice=False, zero=False)
     channel = alt.X("channel:Q", title="channel", scale=alt.Scale(nice=False), axis=alt.Axis(tickCount=4, grid=False))
-    chart = alt.Chart(alt.InlineData(values=_list_channels(profile))).encode(channel)
+    chart = alt.Chart(alt.InlineData(values=_list_channels(profile, span))).encode(channel)
     colours = alt.Scale(domain=list(names), range=list(LINES[: len(names)]))
     lines = (
         chart.transform_fold([f"m{k}" for k in range(len(names))], as_=["key", "mean"])
@@ -82,7 +106,7 @@ def _draw_profile(profile: Profile, names: Sequence[str], scale: Any, *, is_hove
     )
     layers = [
         alt.Chart(alt.InlineData(values=[{}]))
-        .mark_rule(strokeDash=[2, 3], strokeOpacity=0.5, color=INK)
+        .mark_rule(strokeDash=[2, 3], strokeOpacity=0.5, color=INK, clip=True)
         .encode(y=alt.datum(1)),
         lines.transform_filter("datum.number > 0 && datum.deviation !== null")
         .mark_area(opacity=0.15)
@@ -92,24 +116,25 @@ def _draw_profile(profile: Profile, names: Sequence[str], scale: Any, *, is_hove
         ),
     ]
     if is_hovered:
-        layers.append(_draw_hovered(chart, names))
+        layers.append(_draw_hovered(chart, names, max(4, span.decimals)))
     return alt.layer(*layers).properties(height=_PANEL[1], title=profile.path)
 
 
-def _list_channels(profile: Profile) -> Rows:
+def _list_channels(profile: Profile, span: _Span) -> Rows:
     """List a row a channel: its number, and the mean and the standard deviation of each line."""
     rows: Rows = [{"channel": channel} for channel in profile.channels]
     for k, (means, deviations) in enumerate(zip(profile.means, profile.deviations, strict=True)):
         for row, mean, deviation in zip(rows, means, deviations or [None] * len(means), strict=True):
-            row[f"m{k}"], row[f"s{k}"] = shorten(mean), shorten(deviation)
+            row[f"m{k}"], row[f"s{k}"] = span.round(mean), span.round(deviation)
     return rows
 
 
-def _draw_hovered(chart: Any, names: Sequence[str]) -> Any:
+def _draw_hovered(chart: Any, names: Sequence[str], decimals: int) -> Any:
     """Draw a broad, unseen line a channel, which shows the values of all lines."""
     alt = import_altair()
+    form = f".{decimals}f"
     texts = {
-        f"t{k}": f"format(datum.m{k}, '.4f') + (datum.s{k} === null ? '' : ' ± ' + format(datum.s{k}, '.4f'))"
+        f"t{k}": f"format(datum.m{k}, '{form}') + (datum.s{k} === null ? '' : ' ± ' + format(datum.s{k}, '{form}'))"
         for k in range(len(names))
     }
     tooltips = [alt.Tooltip(f"t{k}:N", title=name) for k, name in enumerate(names)]
@@ -259,7 +284,7 @@ def write_figures(report: Report, folder: Path) -> list[Path]:
     drawings = {
         f"gates-by-class-stage-{panel.stage}": alt.hconcat(
             *(
-                _draw_profile(profile, names, _make_scale(panel), is_hovered=False).properties(width=_PANEL[0])
+                _draw_profile(profile, names, _measure_span(panel), is_hovered=False).properties(width=_PANEL[0])
                 for profile in panel.profiles
             )
         )

@@ -28,8 +28,8 @@ from se_inject.loaders import EvalLoader
 from se_inject.provenance import Source
 from se_inject.report import Wishes, make_report
 from se_inject.report_blocks import Ablation, advise, measure_ablation
-from se_inject.report_charts import write_figures
-from se_inject.report_classes import choose_classes, choose_evenly, find_classes
+from se_inject.report_charts import draw_panel, write_figures
+from se_inject.report_classes import ClassFacts, Panel, Profile, choose_classes, choose_evenly, find_classes
 from se_inject.report_images import Farthest
 from se_inject.report_network import compare_arms, read_results
 from se_inject.report_page import make_page
@@ -387,6 +387,35 @@ def test_figures_are_written_as_pixels_and_vectors(report, tmp_path):
         assert "var(" not in path.with_name(path.name + ".svg").read_text()
     vectors = (tmp_path / "gates-by-class-stage-1.svg").read_text()
     assert all(text in vectors for text in (">channel</text>", ">mean gate</text>", ">all images</text>"))
+
+
+@pytest.mark.parametrize(
+    ("means", "limits", "drawn", "form"),
+    [
+        ((1.000622, 1.0006243, 1.0006171), [1.00061674, 1.00062466], [1.000622, 1.0006243, 1.0006171], ".9f"),
+        ((0.1234567, 0.9876543, 0.5), [0.0802, 1.0309], [0.1235, 0.9877, 0.5], ".4f"),
+        ((1234.5678, 1.0, 2.0), [-61.0, 1296.0], [1235.0, 1.0, 2.0], ".4f"),
+        ((0.4, 0.4, 0.4000000000000001), [0.35, 0.45], [0.4, 0.4, 0.4], ".4f"),
+    ],
+)
+def test_gates_are_rounded_as_finely_as_their_axis_asks(means, limits, drawn, form):
+    panel = Panel(0, (Profile("se", (0, 1, 2), (means, means), (None, None)),), ())
+    values = draw_panel(panel, [ClassFacts("cat", 0, 1, 100.0, None)])[0].drawing.to_dict()
+    rows = next(rows for rows in values["datasets"].values() if len(rows) == 3)
+    assert [row["m1"] for row in rows] == drawn
+    lines = next(layer for layer in values["layer"] if layer["mark"]["type"] == "line")
+    assert lines["encoding"]["y"]["scale"]["domain"] == pytest.approx(limits, rel=1e-12)
+    assert min(drawn) > limits[0]
+    assert max(drawn) < limits[1]
+    texts = [each["calculate"] for each in values["layer"][-1]["transform"]]
+    assert all(f"'{form}'" in text for text in texts)
+
+
+def test_the_line_at_1_is_no_longer_than_its_axis():
+    panel = Panel(0, (Profile("se", (0, 1), ((0.4, 0.400001),), (None,)),), ())
+    values = draw_panel(panel, [])[0].drawing.to_dict()
+    rule = next(layer for layer in values["layer"] if layer["encoding"]["y"] == {"datum": 1})
+    assert rule["mark"]["clip"]  # else the picture reaches from the gates to 1, which takes all memory
 
 
 @pytest.mark.parametrize("name", ["altair", "jinja2", "vl_convert"])

@@ -18,7 +18,7 @@ from torch import nn
 from se_inject.artifact import save
 from se_inject.checkpoints import CHECKPOINT
 from se_inject.comparison import Difference, Result, compare
-from se_inject.datasets import open_data
+from se_inject.datasets import Data, open_data
 from se_inject.errors import OptionError
 from se_inject.experiment import UNREADABLE, Experiment, Request, hold_folder, run_experiment
 from se_inject.files import check_target
@@ -115,10 +115,18 @@ def finetune(
     if not data.is_labelled:
         notes.append("the validation images have no labels: top-1 is agreement with the original network")
     if data.split is not None and request.data.get("split") is None:
-        notes.append(f"a fifth of the images was held back; --split {request.folder}/split.json scores them alone")
+        notes.append(_describe_held_back(data, request.folder))
     notes += _describe_settled(recipe, start.fresh, results[0])
     difference = compare(results) if request.has_control else None
     return Tuned(results, difference, request.out, request.folder, notes)
+
+
+def _describe_held_back(data: Data, folder: Path) -> str:
+    """Say how many images of a single folder were held back, and, where they have labels, how to score them alone."""
+    assert data.split is not None
+    train, val = map(len, data.split)
+    note = f"{val:,} of {train + val:,} images {'was' if val == 1 else 'were'} held back"
+    return f"{note}; --split {folder}/split.json scores them alone" if data.is_labelled else note
 
 
 def _describe_unreadable(request: Request) -> Iterator[str]:

@@ -70,6 +70,16 @@ def test_a_name_is_injected_and_tuned_and_the_file_can_be_read(run, data):  # no
     assert list(values["per_class"]) == [str(i) for i in range(10)]
 
 
+def test_evaluate_says_which_images_it_scored(run, data):  # noqa: F811
+    torch.save(DigitNet().state_dict(), "weights.pt")
+    args = ["evaluate", NET, "--weights", "weights.pt", *common(data)]
+    args.remove("--json")
+    for options, num, part in (([], 40, "val"), (["--val-split", "train"], 120, "train")):
+        code, out, _ = run(*args, *options)
+        assert code == 0
+        assert f", {num} images of {data / part}\n" in out
+
+
 def test_the_original_and_the_injected_network_have_the_same_numbers(run, data, tmp_path):  # noqa: F811
     torch.manual_seed(0)
     torch.save(DigitNet().state_dict(), "weights.pt")
@@ -129,7 +139,7 @@ def test_another_number_of_classes_replaces_the_classifier(run, tmp_path):  # no
 def test_a_single_folder_is_split_and_the_split_written_down(run, data):  # noqa: F811
     code, _, err = tune(run, data / "train", "--out", "tuned.pt")
     assert code == 0, err
-    assert "a fifth of the images was held back; --split runs/tuned/split.json scores them alone" in err
+    assert "25 of 120 images were held back; --split runs/tuned/split.json scores them alone" in err
     found = json.loads(Path("runs/tuned/result.json").read_text())
     scored = ["evaluate", "tuned.pt", "--trust-source", "--data", data / "train", "--split", "runs/tuned/split.json"]
     assert json.loads(run(*scored, "--json")[1])["top1"] == found["top1"]
@@ -160,6 +170,18 @@ def test_unlabelled_images_will_do_for_distillation(run, data, tmp_path):  # noq
     assert code == 0, err
     error = failure(tune(run, pile, "--out", "other.pt"))
     assert "classes" in error
+    _, _, err = tune(run, pile / "train", "--recipe", "distill", "--out", "single.pt")
+    assert "24 of 120 images were held back\n" in err  # without labels there is nothing to score
+
+
+def test_it_says_how_many_images_of_small_classes_were_held_back(run, data):  # noqa: F811
+    for folder in sorted((data / "train").iterdir()):
+        few = Path("few") / folder.name
+        few.mkdir(parents=True)
+        for file in sorted(folder.iterdir())[:2]:
+            shutil.copy(file, few)
+    _, _, err = tune(run, "few", "--set", "batch_size=2", "--out", "tuned.pt")
+    assert "10 of 20 images were held back; --split" in err
 
 
 def test_resume_that_finds_nothing_says_so_and_other_runs_are_left_alone(run, data):  # noqa: F811

@@ -48,13 +48,23 @@ DataName = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        help="A folder with train/ and val/, or with a folder a class, of which `finetune` holds a fifth back "
-        "and all else takes all, without --split; or a name of timm's with its root: torch/cifar10:ROOT, "
-        "hfds/USER/NAME, wds/:ROOT.",
+        help="A folder with train/ and val/, or with a folder a class, of which `finetune` holds about a fifth back, "
+        "`search` takes the rest, and all else takes all, without --split; or a name of timm's with its root: "
+        "torch/cifar10:ROOT, hfds/USER/NAME, wds/:ROOT.",
     ),
 ]
-TrainSplit = Annotated[str, typer.Option("--train-split", metavar="NAME", help="Of data that are no folder.")]
-ValSplit = Annotated[str, typer.Option("--val-split", metavar="NAME", help="Likewise.")]
+TrainSplit = Annotated[
+    str | None,
+    typer.Option("--train-split", metavar="NAME", help="The folder in DIR, or the split of timm's data, that trains."),
+]
+ValSplit = Annotated[
+    str | None,
+    typer.Option(
+        "--val-split",
+        metavar="NAME",
+        help="The folder in DIR, or the split of timm's data, to be scored on; val/ or the like, or validation.",
+    ),
+]
 Download = Annotated[bool, typer.Option("--download", help="Let timm fetch data that are missing.")]
 SplitFile = Annotated[
     Path | None,
@@ -146,20 +156,21 @@ def _is_ours(model: str) -> bool:
 def name_data(
     *,
     data: DataName,
-    train_split: TrainSplit = "train",
-    val_split: ValSplit = "validation",
+    train_split: TrainSplit = None,
+    val_split: ValSplit = None,
     split: SplitFile = None,
     download: Download = False,
 ) -> dict[str, Any]:
     """Read where the images are, as `open_data` takes it."""
-    options = {"train_split": train_split, "val_split": val_split}
+    named = {"train_split": train_split, "val_split": val_split}
+    options = {key: name for key, name in named.items() if name is not None}
     return {"name": data, "download": download, "split": split, "options": options}
 
 
 def read_validation(
     *,
     data: DataName,
-    val_split: ValSplit = "validation",
+    val_split: ValSplit = None,
     split: SplitFile = None,
     download: Download = False,
     batch_size: BatchSize = 64,

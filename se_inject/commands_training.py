@@ -110,7 +110,7 @@ def run_evaluate(
         if world.is_main and as_json:
             console.print_json({**scores.to_values(), "unreadable": validation.list_unreadable()})
         elif world.is_main:
-            console.print_scores(scores, validation.list_unreadable())
+            console.print_scores(scores, validation.data.origin, validation.list_unreadable())
 
 
 @takes(open_model=open_model)

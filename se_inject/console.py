@@ -172,10 +172,11 @@ def print_tuned(tuned: Tuned) -> None:
     stdout.out(f"{tuned.out}: the tuned network; {tuned.folder}: checkpoints, metrics and curves")
 
 
-def print_scores(scores: Scores, unreadable: Sequence[str]) -> None:
-    """Print scores: top-1 and top-5, the worst classes, and what is taken for what."""
+def print_scores(scores: Scores, origin: str, unreadable: Sequence[str]) -> None:
+    """Print scores: top-1 and top-5, on which images, the worst classes, and what is taken for what."""
     stdout.out(
-        f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}, {scores.num_images:,} images"
+        f"top-1 {scores.top1:.2f} %, top-5 {scores.top5:.2f} %, loss {scores.loss:.4f}, "
+        f"{scores.num_images:,} images of {origin}"
     )
     if not math.isfinite(scores.loss):
         talk("the loss is no finite number: of some images the network makes NaN or infinite scores")

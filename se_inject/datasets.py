@@ -33,9 +33,9 @@ from se_inject.contents import (
     list_targets,
 )
 from se_inject.errors import DataError
+from se_inject.parts import find_parts
 from se_inject.splits import Split, draw_split, read_split, write_split
 
-TRAIN, VAL = ("train", "training"), ("val", "validation", "valid", "eval", "test", "testing")
 _PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 _WITH_ROOT = ("torch/", "wds/")
 
@@ -116,7 +116,8 @@ def open_data(
         may_be_unlabelled: Training images need no labels.
         download: Let timm fetch what is missing.
         split: The `split.json` of a run, which tells the images of a single folder that train from those that validate.
-        options: Further arguments of `create_dataset`.
+        options: `train_split` and `val_split` name the parts: folders in `name`, in place of those that are found, or
+            splits of timm's data, for which there may be further arguments of `create_dataset`.
 
     Raises:
         DataError: There is no such data, it holds no images, or its classes are not those that can be trained on.
@@ -130,11 +131,8 @@ def open_data(
         known = ", ".join(prefix + "..." for prefix in _PREFIXES)
         raise DataError(f"there is no folder {name}; expected a folder of images, or a name of timm's: {known}")
     _check_readable(root)
-    train, val = _find_parts(root)
-    if (train is None) != (val is None) and not (is_evaluation and val is not None):
-        found, other = (train, VAL[0]) if train is not None else (val, TRAIN[0])
-        assert found is not None
-        raise DataError(f"{root} has {found.name}/ and no {other}/; expected both, or folders of classes alone")
+    given = {} if is_evaluation else {"train": (options or {}).get("train_split")}
+    train, val = find_parts(root, {**given, "val": (options or {}).get("val_split")}, is_evaluation=is_evaluation)
     if split is not None and val is not None:
         raise DataError(f"--split {split} tells the images of a single folder apart, and {root} has {val.name}/")
     if is_evaluation and split is None:
@@ -150,19 +148,6 @@ def open_data(
     if has_labels(images) and has_labels(other_images):
         _compare_classes(f"{train.name}/", images, f"{val.name}/", other_images)
     return _check(Data(images, other_images, list_classes(other_images), count_classes(other_images), name))
-
-
-def _find_parts(root: Path) -> tuple[Path | None, Path | None]:
-    """Find the folders of training and validation images, written as their owner likes."""
-    folders = {f.name.lower(): f for f in sorted(root.iterdir(), reverse=True) if f.is_dir()}
-    train, val = (next((folders[name] for name in names if name in folders), None) for names in (TRAIN, VAL))
-    return (None if train is not None and val is None and _is_class(train) else train), val
-
-
-def _is_class(folder: Path) -> bool:
-    """Tell whether a folder is one of several classes: trains beside cars, not training images."""
-    others = [f for f in folder.parent.iterdir() if f.is_dir() and f != folder and not f.name.startswith(".")]
-    return bool(others) and not any(f.is_dir() for f in folder.iterdir())
 
 
 def _check_readable(folder: Path) -> None:

@@ -204,6 +204,58 @@ def test_evaluation_takes_the_validation_images_alone(tmp_path):
     assert data.describe()["sizes"] == [4]
 
 
+def test_the_folder_of_a_split_can_be_named(tmp_path):
+    make_two_folders(tmp_path, num=4, num_val=2)
+    make_folder(tmp_path / "test", num=3)
+    make_folder(tmp_path / "fit", num=5)
+    scored = open_data(str(tmp_path), is_evaluation=True, options={"val_split": "test"})
+    assert (scored.origin, count_images(scored.val)) == (str(tmp_path / "test"), 6)
+    assert count_images(open_data(str(tmp_path), is_evaluation=True, options={"val_split": "train"}).val) == 8
+    trained = open_data(str(tmp_path), options={"train_split": "fit", "val_split": "test"})
+    assert trained.describe()["sizes"] == [10, 6]
+
+
+def test_folders_of_splits_may_have_any_names(tmp_path):
+    make_folder(tmp_path / "fit", num=2)
+    make_folder(tmp_path / "dev", num=3)
+    data = open_data(str(tmp_path), options={"train_split": "fit", "val_split": "dev"})
+    assert data.describe()["sizes"] == [4, 6]
+    assert data.split is None
+    with pytest.raises(DataError, match="has dev/ and no train/"):
+        open_data(str(tmp_path), options={"val_split": "dev"})
+
+
+def test_unlabelled_images_may_train_beside_a_named_folder(tmp_path):
+    (make_folder(tmp_path / "all", num=4) / "cat").rename(tmp_path / "train")
+    make_folder(tmp_path / "dev", num=3)
+    data = open_data(str(tmp_path), may_be_unlabelled=True, options={"val_split": "dev"})
+    assert data.describe()["sizes"] == [4, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"val_split": "tset"}, r"--val-split is tset, and .*two has no such folder; it has test, train, val"),
+        ({"val_split": "../single"}, r"--val-split is \.\./single, and .*two has no such folder"),
+        ({"train_split": "Train"}, r"--train-split is Train, and .*two has no such folder"),
+        ({"train_split": "val"}, r"two/val would train and validate; give another --train-split or --val-split"),
+    ],
+)
+def test_a_folder_of_a_split_that_is_not_there_is_refused(tmp_path, options, match):
+    make_folder(make_two_folders(tmp_path / "two") / "test")
+    with pytest.raises(DataError, match=match):
+        open_data(str(tmp_path / "two"), options=options)
+
+
+@pytest.mark.parametrize("classes", [("cat", "dog"), ("car", "plane", "train")])
+@pytest.mark.parametrize("is_evaluation", [False, True])
+def test_a_single_folder_has_no_split_to_name(tmp_path, classes, is_evaluation):
+    make_folder(tmp_path, classes)
+    for name in ("test", classes[0]):
+        with pytest.raises(DataError, match=f"--val-split is {name}, and .* is a single folder, without folders of"):
+            open_data(str(tmp_path), is_evaluation=is_evaluation, options={"val_split": name})
+
+
 def test_evaluation_takes_a_single_folder_whole(tmp_path):
     data = open_data(str(make_folder(tmp_path, num=3)), is_evaluation=True)
     assert list_targets(data.val) == [0, 0, 0, 1, 1, 1]

@@ -190,9 +190,11 @@ def read_validation(
 
 def write_words(reader: functools.partial[Any]) -> list[str]:
     """Write what a reader of options was given as words of the command line; what is as by default is left out."""
-    words = []
+    words: list[str] = []
     for name, parameter in inspect.signature(reader.func).parameters.items():
         value, option = reader.keywords[name], name.replace("_", "-")
+        if value is None:
+            continue
         if parameter.kind is not parameter.KEYWORD_ONLY:
             words.append(str(value))
         elif isinstance(value, bool) and value != parameter.default:
@@ -203,7 +205,10 @@ def write_words(reader: functools.partial[Any]) -> list[str]:
 
 
 def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the options of a reader in place of a parameter, which gets a function that reads them."""
+    """Give a command the options of a reader in place of a parameter, which gets a function that reads them.
+
+    An option that the command has as a parameter too is as the command says, and both get it.
+    """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
@@ -211,13 +216,15 @@ def takes(**readers: Callable[..., Any]) -> Callable[[Callable[..., None]], Call
         merged: dict[str, inspect.Parameter] = {}
         for name, parameter in own.parameters.items():
             merged.update(inner.get(name, {name: parameter}))
+        merged.update({name: parameter for name, parameter in own.parameters.items() if name in merged})
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            for name, reader in readers.items():
-                values = {key: given.pop(key) for key in inner[name]}
-                given[name] = functools.partial(reader, **values)
-            command(**given)
+            read = {
+                name: functools.partial(reader, **{key: given[key] for key in inner[name]})
+                for name, reader in readers.items()
+            }
+            command(**{name: value for name, value in given.items() if name in own.parameters}, **read)
 
         ordered = sorted(merged.values(), key=lambda parameter: parameter.kind)
         vars(run)["__signature__"] = own.replace(parameters=ordered)

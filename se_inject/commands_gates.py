@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,11 +14,13 @@ from se_inject.arguments import (
     AsJson,
     Device,
     InputSize,
+    MaxBad,
     Opened,
     name_data,
     open_model,
     read_validation,
     takes,
+    write_words,
 )
 from se_inject.errors import OptionError
 from se_inject.plan_arguments import read_options
@@ -41,7 +44,9 @@ def run_search(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override the recipe short. Repeatable.")
     ] = None,
+    workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Short for --set workers=N.")] = None,
     input_size: InputSize = None,
+    max_bad: MaxBad = 0,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write the plan (.json).")] = Path(
         "plan.json"
     ),
@@ -60,7 +65,8 @@ def run_search(
     from se_inject.world import stay_alone
 
     check_target(out, (".json",))
-    amount, recipe, world = Budget.parse(budget, of), read_recipe("short", settings or ()), stay_alone(device)
+    overrides = [*(settings or ()), *([] if workers is None else [f"workers={workers}"])]
+    amount, recipe, world = Budget.parse(budget, of), read_recipe("short", overrides), stay_alone(device)
     options = name_data()
     data = open_data(**options, seed=recipe.seed)
     seed_all(recipe.seed)
@@ -71,7 +77,7 @@ def run_search(
     if start.form.mode != "RGB":
         data = open_data(**options, mode=start.form.mode, seed=recipe.seed)
     with console.show_passes("search") as report:
-        found = search(start, data, recipe, world, amount, num_steps=steps, report=report)
+        found = search(start, data, recipe, world, amount, num_steps=steps, max_bad=max_bad, report=report)
     write_whole(out, lambda file: file.write(found.plan.to_json().encode()))
     if as_json:
         console.print_json({"out": str(out), **found.to_values()})
@@ -122,9 +128,10 @@ def run_simplify(
         console.print_simplified(simplified, out)
 
 
-@takes(open_model=open_model)
+@takes(open_model=open_model, read_validation=read_validation)
 def run_eject(
     open_model: Callable[..., Opened],
+    read_validation: functools.partial[dict[str, Any]],
     *,
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="The state dict (.pt, .pth or .safetensors).")
@@ -135,7 +142,6 @@ def run_eject(
     data: Annotated[
         str | None, typer.Option("--data", metavar="DIR", help="With --fold: images, as for se-inject evaluate.")
     ] = None,
-    input_size: InputSize = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -148,17 +154,16 @@ def run_eject(
     from se_inject.validation import open_validation
     from se_inject.world import stay_alone
 
-    if fold != (data is not None):
-        found = "--fold without --data" if fold else "--data without --fold"
+    given = write_words(read_validation)
+    if (fold and data is None) or (given and not fold):
+        found = "--fold without --data" if fold else f"{given[0]} without --fold"
         raise OptionError(f"{found}; the mean gates of --fold are those of the images of --data")
     check_target(out)
-    if data is None:
+    if not fold:
         network, _ = open_model()
         plain, folded, kept = eject(network), 0, {}
     else:
-        network, _, validation = open_validation(
-            open_model, {"name": data}, stay_alone(device), batch_size=64, workers=2, input_size=input_size, max_bad=0
-        )
+        network, _, validation = open_validation(open_model, world=stay_alone(device), **read_validation())
         folds = find_gate_folds(network)
         gates = observe(network, validation).gates
         means = {fold.block: gates[fold.block].mean for fold in folds.folds if fold.block in gates}
@@ -173,7 +178,7 @@ def run_eject(
         carried = f" but those of {plan.num_folded} blocks, which they carry" if plan and plan.num_folded else ""
         how = (
             f"with the mean gates of {folded} blocks in its weights"
-            if data
+            if fold
             else f"with its present weights, without gates{carried}"
         )
         console.stdout.out(f"{out}: the state dict of {type(plain).__name__}, {how}; give it as --weights {out}")

@@ -124,6 +124,7 @@ def search(
     budget: Budget,
     *,
     num_steps: int = 200,
+    max_bad: int = 0,
     report: Report = lambda *_: None,
 ) -> Found:
     """Search for the sites whose blocks bring most for a budget.
@@ -135,12 +136,14 @@ def search(
         world: Of one process.
         budget: What the blocks may cost.
         num_steps: Of the fine-tune of the gates.
+        max_bad: How many unreadable images are skipped, of those that teach and of those that judge.
         report: See `Report`.
 
     Raises:
         ModelError: The blocks are trained, or are none of ours.
         OptionError: The budget buys no block, or `num_steps` is below 1.
-        DataError: There are too few images to tell the blocks apart, or they come as a stream.
+        DataError: There are too few images to tell the blocks apart, they come as a stream, or more than `max_bad`
+            cannot be read.
         TrainingError: It was stopped.
     """
     if num_steps < 1:
@@ -153,7 +156,7 @@ def search(
     learning, judging = _split(data)
     own = replace(data, train=learning, val=judging)
     recipe = replace(recipe, train="gates", gates_share=1.0, distill=0.0)
-    loader = TrainLoader(own, start.form, recipe, world, num_classes=start.num_classes)
+    loader = TrainLoader(own, start.form, recipe, world, max_bad=max_bad, num_classes=start.num_classes)
     images, _ = next(iter(loader.iterate(0, 0)))
     costs, base = _measure_costs(model, plan, budget, images)
     limit = base * budget.amount / 100 if budget.is_share else budget.amount
@@ -169,7 +172,7 @@ def search(
     tried = spend(gradients, costs, _ROOM * limit)
     model = restrict_blocks(model, plan.leave_out({path: "" for path in costs if path not in tried}))
     val = EvalLoader(
-        judging, start.form, batch_size=recipe.batch_size, workers=recipe.workers, world=world,
+        judging, start.form, batch_size=recipe.batch_size, workers=recipe.workers, world=world, max_bad=max_bad,
         num_classes=start.num_classes, cache=CACHE,
     )  # fmt: skip
     report(f"tuning the gates of {len(tried)} blocks, {num_steps} steps", 0, 1)

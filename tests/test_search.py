@@ -13,13 +13,14 @@ from torch import nn
 
 from se_inject import blocks, inject, load, make_plan
 from se_inject.budget import Budget, spend
+from se_inject.contents import get_name
 from se_inject.datasets import open_data
 from se_inject.errors import DataError, ModelError, OptionError, TrainingError
 from se_inject.jobs import InterruptedTrainingError
 from se_inject.plan import Plan
 from se_inject.recipe_files import read_recipe
 from se_inject.rewrite import get_plan
-from se_inject.search import search
+from se_inject.search import _split, search
 from se_inject.start import prepare_start
 from se_inject.timing import time_blocks
 from se_inject.world import stay_alone
@@ -234,6 +235,24 @@ def test_the_command_writes_a_plan_that_the_others_take(run, weights, data):  # 
     code, out, _ = run("plan", NET, "--weights", weights, "--plan", "plan.json", "--graph", "plan.svg")
     assert code == 0
     assert "left out by the search" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["learning", "judging"])
+def test_the_command_skips_what_cannot_be_read(run, weights, tmp_path, part):  # noqa: F811
+    folder = write_digits(tmp_path / "digits", 240)
+    images = open_data(str(folder), mode="L")
+    learning, judging = _split(images)
+    bad = Path(get_name({"learning": learning, "judging": judging}[part], 0))
+    bad.write_bytes(bad.read_bytes()[:40])
+    settings = [word for setting in SETTINGS[:-1] for word in ("--set", setting)]
+    args = ("search", NET, "--weights", weights, "--data", folder, "--input-size", 8, "--r", 4, *settings)
+    args = (*args, "--budget", 1000, "--steps", 12, "--workers", 0)
+    code, _, err = run(*args)
+    assert code == 1
+    assert f"1 image cannot be read, at most 0 are skipped: {bad}" in err
+    code, _, err = run(*args, "--max-bad", 1)
+    assert code == 0, err
 
 
 @pytest.mark.slow

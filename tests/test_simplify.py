@@ -315,6 +315,28 @@ def test_the_original_comes_back_with_and_without_its_gates(run, artifact, data)
     assert json.loads(out)["top1"] > 90
 
 
+def test_gates_are_folded_over_the_images_that_the_options_say(run, artifact, data):  # noqa: F811
+    args = ("eject", artifact, "--trust-source", "--fold", "--data", "both", "--input-size", 8, "--workers", 0)
+    Path("both").mkdir()
+    data.rename("both/test")
+    make_folder("both/val", num=3, size=(8, 8), seed=1)
+    bad = Path("both/test/cat/0.png")
+    bad.write_bytes(bad.read_bytes()[:40])
+    code, _, err = run(*args, "--val-split", "test")
+    assert code == 1
+    assert "1 image cannot be read, at most 0 are skipped" in err
+    assert "or allow more with --max-bad 1" in err
+    options = ("--val-split", "test", "--batch-size", 8)
+    assert run(*args, *options, "--max-bad", 1, "--out", "skipped.pt")[0] == 0
+    bad.unlink()
+    assert run(*args, *options, "--out", "removed.pt")[0] == 0
+    assert run(*args, "--out", "val.pt")[0] == 0
+    skipped, removed, val = (torch.load(f"{name}.pt")["state_dict"] for name in ("skipped", "removed", "val"))
+    for name, value in skipped.items():
+        torch.testing.assert_close(value, removed[name])  # sums over batches of other sizes round differently
+    assert not torch.allclose(skipped["block2.bn2.weight"], val["block2.bn2.weight"])
+
+
 def test_a_network_whose_blocks_are_all_folded_says_so_and_how_to_go_on(run, artifact, data):  # noqa: F811
     options = (*COMMON, "--data", data)
     assert run("simplify", artifact, *options, "--max-drop", 100)[0] == 0
@@ -360,6 +382,7 @@ def test_a_network_whose_blocks_are_all_folded_says_so_and_how_to_go_on(run, art
     (("simplify", NET, "--no-pretrained", *COMMON[1:], "--data", "images"), "Brightness has not been injected"),
     (("eject", "tuned.pt", "--trust-source", "--fold"), "--fold without --data; the mean gates"),
     (("eject", "tuned.pt", "--trust-source", "--data", "images"), "--data without --fold"),
+    (("eject", "tuned.pt", "--trust-source", "--max-bad", "3"), "--max-bad without --fold; the mean gates"),
     (("eject", NET, "--no-pretrained"), "Brightness has not been injected; there is nothing to eject"),
 ])  # fmt: skip
 def test_bad_input_gets_one_line(run, artifact, data, args, message):  # noqa: F811

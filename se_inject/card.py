@@ -173,18 +173,29 @@ def _summarise_blocks(card: Card) -> str:
 
 
 def _describe_loading(card: Card) -> Iterator[str]:
-    needs, hint = "", ""
-    if card.source is None:
+    source, needs, hint = card.source, "", ""
+    if source is None:
         needs, hint = ", base=network", "`network` is the network without blocks, which the file cannot build."
-    elif card.source.library == "factory":
-        needs = f", base={card.source.name.partition(':')[2]}"
-        hint = f"The network is built by `{_quote(card.source.name)}`, which is code and not in the file."
+    elif source.library == "factory":
+        needs = f", base={source.name.partition(':')[2]}"
+        hint = f"The network is built by `{_quote(source.name)}`, which is code and not in the file."
+    elif source.needs_trust:
+        needs = ", trust_source=True"
+        hint = f"The network is built by what `{_quote(source.name)}` holds, which is not in the file."
     yield f"```python\nimport se_inject\n\nmodel = se_inject.load({json.dumps(card.address)}{needs})\n```"
     if hint:
         yield hint
-    yield (
-        "Nothing in the files is executed. On the command line it stands where a MODEL is expected, as in "
-        f"`se-inject predict {_quote(card.address)} cat.png`."
+    yield "Nothing in the files is executed." + _describe_command(card)
+
+
+def _describe_command(card: Card) -> str:
+    """Say how the network is named on the command line, which cannot be given one that the file does not name."""
+    if card.source is None:
+        return ""
+    option = " --trust-source" if card.source.needs_trust else ""
+    return (
+        " On the command line it stands where a MODEL is expected, as in "
+        f"`se-inject predict {_quote(card.address)} cat.png{option}`."
     )
 
 

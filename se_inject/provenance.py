@@ -16,6 +16,8 @@ Library = Literal["timm", "torchvision", "factory"]
 RANDOM = "none (random)"
 UNRECORDED = "not recorded"
 """Of a network that was recognised by what it is, whose weights may be anybody's."""
+REMOTE = ("hf-hub:", "local-dir:")
+"""How timm's names begin, of networks that a hub or a folder describes."""
 _MAX_NAME = 500
 _MAX_SIZE = 1 << 14
 """Of the sides of images, in pixels."""
@@ -43,6 +45,11 @@ class Source:
 
     def __str__(self) -> str:
         return f"{self.library}:{self.name}"
+
+    @property
+    def needs_trust(self) -> bool:
+        """Whether building it runs code, or fetches what a hub or folder holds: not done for a file that says so."""
+        return self.library == "factory" or self.name.startswith(REMOTE)
 
     def to_values(self) -> dict[str, Any]:
         """Turn into plain values, for a file; of weights that came from a file, the name, and not its folder."""

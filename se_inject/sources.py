@@ -23,9 +23,8 @@ from se_inject.allowance import Allowance
 from se_inject.downloads import build, fetch
 from se_inject.errors import SourceError
 from se_inject.files import PROGRAMS, SUFFIXES, read_state_dict
-from se_inject.provenance import RANDOM, Library, Source
+from se_inject.provenance import RANDOM, REMOTE, Library, Source
 
-_REMOTE = ("hf-hub:", "local-dir:")
 _RESERVED = ("weights", "weights_backbone", "progress")
 """What torchvision's builders fetch weights by; timm's are the parameters of `create_model` itself."""
 
@@ -129,7 +128,7 @@ def build_skeleton(source: Source, *, trust_source: bool = False, num_weights: i
     with allowance:
         if source.library == "factory":
             return _call_factory(source.name, dict(source.options))
-        is_remote = source.name.startswith(_REMOTE)
+        is_remote = source.name.startswith(REMOTE)
         library, name = resolve_name(source.name if is_remote else str(source))
         make = _build_timm if library == "timm" else _build_torchvision
         return make(name, dict(source.options))
@@ -142,7 +141,7 @@ def _check_harmless(source: Source) -> None:
             f"the network is built by {source.name:.80}, which is code: give load(..., base=) the network or "
             f"factory, or trust_source=True (--trust-source) if you know it"
         )
-    if source.name.startswith(_REMOTE):
+    if source.name.startswith(REMOTE):
         raise SourceError(
             f"the network is built by what {source.name!r:.80} holds: give load(..., base=) the network, or "
             f"trust_source=True (--trust-source) if you know it"
@@ -201,7 +200,7 @@ def _open_timm(name: str, pretrained: bool, options: dict[str, Any]) -> Network:
 def _build_timm(name: str, options: dict[str, Any]) -> nn.Module:
     import timm
 
-    make = fetch if name.startswith(_REMOTE) else build
+    make = fetch if name.startswith(REMOTE) else build
     model: nn.Module = make(lambda: timm.create_model(name, pretrained=False, **options), f"timm:{name}")
     return model
 

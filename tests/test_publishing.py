@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from se_inject.provenance import Source
 from se_inject.rewrite import get_plan
 from se_inject.sources import open_network
 from tests import nets
+from tests.digits import DigitNet
+from tests.images_on_disk import make_image
 from tests.test_cli import failure, run  # noqa: F401
 
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -245,6 +249,30 @@ def test_names_of_anybodys_cannot_break_the_card(tmp_path):
     card = (tmp_path / "birds" / "README.md").read_text()
     assert "Its 3 classes: `a|b`, `'</code><script>alert(1)</script>`, `x?---?license: mit`." in card
     assert read_front(tmp_path / "birds")["license"] == "unknown"
+
+
+def test_the_command_of_the_card_runs(run, model, tmp_path):  # noqa: F811
+    own = inject(DigitNet(), example=torch.zeros(2, 1, 8, 8))
+    save_folder(own, tmp_path / "own", source=Source("factory", "tests.digits:DigitNet"))
+    save_folder(model, tmp_path / "birds")
+    make_image(0).save("cat.png")
+    for name, end in (("own", " --trust-source"), ("birds", "")):
+        command = re.search("`(se-inject predict .*)`", (tmp_path / name / "README.md").read_text())[1]
+        assert command == f"se-inject predict {name} cat.png{end}"
+        code, _, err = run(*shlex.split(command)[1:])
+        assert code == 0, err
+
+
+@pytest.mark.parametrize(("source", "load", "command"), [
+    (Source("timm", "hf-hub:a/b"), 'load("birds", trust_source=True)', "predict birds cat.png --trust-source`"),
+    (Source("timm", "resnet18"), 'load("birds")', "predict birds cat.png`"),
+    (None, 'load("birds", base=network)', None),
+])  # fmt: skip
+def test_the_card_says_what_its_network_asks_for(model, source, load, command):
+    card = str(Card("birds", "birds", get_plan(model), source, 10**6, is_fresh=False))
+    assert f"se_inject.{load}\n" in card
+    assert (command or "Nothing in the files is executed.\n\n") in card
+    assert (command is None) == ("se-inject predict" not in card)
 
 
 def test_a_bar_is_escaped_in_tables_alone(model):

@@ -153,10 +153,12 @@ def load_adapter(
     if find_plan(model) is not None and not known:
         raise ModelError(f"{type(model).__name__} has blocks of its own; load an adapter onto the network without them")
     if strict and adapter.base != compute_fingerprint(model):
-        raise ArtifactError(
+        error = ArtifactError(
             f"{path} was made for a {adapter.plan.model} with other weights than this {type(model).__name__} has; give "
-            f"it the original's weights, or load with strict=False"
+            f"it the original's weights"
         )
+        error.add_note("load_adapter(..., strict=False) takes others")  # the command line, which cannot, shows no notes
+        raise error
     plain = model if find_plan(model) is None else eject(model)
     try:
         made = inject(plain, plan=adapter.plan)  # a copy, on which all that can fail happens

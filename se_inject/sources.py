@@ -63,6 +63,8 @@ def open_network(
     """
     if num_classes is not None and num_classes < 1:
         raise SourceError(f"--num-classes is {num_classes}; it must be at least 1")
+    if in_chans is not None and in_chans < 1:
+        raise SourceError(f"--in-chans is {in_chans}, expected at least 1")
     library, short = resolve_name(name)
     open_it = {"timm": _open_timm, "torchvision": _open_torchvision, "factory": _open_factory}[library]
     given = {"num_classes": num_classes, "in_chans": in_chans}

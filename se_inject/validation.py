@@ -104,6 +104,8 @@ def open_validation(
         opened = open_data(**data, is_evaluation=True, mode=form.mode)
     model = model.to(world.device)
     num_classes = count_outputs(model, form.size)
+    if not opened.is_labelled:
+        raise DataError(f"the images of {opened.origin} have no labels; a network is scored on images that have them")
     if opened.num_classes != num_classes:
         raise DataError(
             f"{opened.origin} has {opened.num_classes} classes and the network {num_classes}: labels would mean others"

@@ -237,8 +237,11 @@ def test_another_base_is_refused_unless_it_is_wanted(network, x, tmp_path):
     other = copy.deepcopy(network)
     nn.init.normal_(other.fc.weight)
     before = {key: value.clone() for key, value in other.state_dict().items()}
-    with pytest.raises(ArtifactError, match="a.pt was made for a ResNet with other weights than this ResNet has"):
+    with pytest.raises(
+        ArtifactError, match="a.pt was made for a ResNet with other weights than this ResNet has"
+    ) as error:
         load_adapter(other, tmp_path / "a.pt", inplace=True)
+    assert error.value.__notes__ == ["load_adapter(..., strict=False) takes others"]
     assert list(other.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     assert len(blocks(load_adapter(other, tmp_path / "a.pt", strict=False))) == 8
@@ -345,7 +348,7 @@ def test_the_command_line_writes_and_takes_adapters(run, network):  # noqa: F811
     assert all(torch.equal(value, again.state[key]) for key, value in first.state.items())
     code, out, err = run("plan", "resnet18", "--num-classes", 5, "--no-pretrained", "--adapter", "birds.safetensors")
     assert code == 1
-    assert "with other weights than this ResNet has" in err
+    assert err.endswith("with other weights than this ResNet has; give it the original's weights\n")
     code, _, err = run("export", "tuned.pt", "--to", "adapter", "--optimize")
     assert code == 1
     assert "--to writes the blocks alone, and --optimize has no part in it" in err

@@ -22,6 +22,7 @@ from se_inject.loaders import EvalLoader, TrainLoader, _prepare_worker, _say_pla
 from se_inject.provenance import Source
 from se_inject.reading import NO_LABEL, UNREADABLE, seed_all
 from se_inject.recipe import Recipe
+from se_inject.validation import open_validation
 from se_inject.world import World
 from tests.images_on_disk import make_folder, make_image, make_shards, make_two_folders
 
@@ -710,6 +711,19 @@ def test_sets_of_hugging_face_can_be_trained_and_validated_on(hugging, kind, wor
         assert [len(labels) for _, labels in loader.iterate(epoch)] == [4] * 5
     found = torch.cat([labels for _, labels in load_eval(data, workers, num_classes=2)])
     assert sorted(found.tolist()) == [0, 0, 0, 1, 1, 1]
+
+
+@stream
+def test_a_set_of_hugging_face_without_labels_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    (make_folder(tmp_path / "all", ["cat"], num=3) / "cat").rename(tmp_path / "validation")
+    (tmp_path / "all").rmdir()
+    name = f"hfds/{tmp_path}:{tmp_path / 'cache'}"
+    with pytest.raises(DataError, match=rf"^the images of {name} have no labels; a network is scored on"):
+        open_validation(
+            lambda: (torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 3)), None), {"name": name},
+            World(torch.device("cpu")), batch_size=1, workers=0, input_size=16, max_bad=0,
+        )  # fmt: skip
 
 
 def test_images_without_labels_say_so(tmp_path):

@@ -194,6 +194,13 @@ def test_num_classes_must_be_positive():
         open_network("resnet18", pretrained=False, num_classes=0)
 
 
+@pytest.mark.parametrize("in_chans", [0, -1])
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18", "tests.nets:TwoBranches"])
+def test_input_channels_must_be_positive(name, in_chans):
+    with pytest.raises(SourceError, match=f"^--in-chans is {in_chans}, expected at least 1$"):
+        open_network(name, pretrained=False, in_chans=in_chans)
+
+
 def test_torchvisions_defaults_with_weights_are_used(monkeypatch):
     """With weights, torchvision builds GoogLeNet without auxiliary heads and with an input transform."""
     full = torchvision.models.get_model("googlenet", weights=None, init_weights=False)

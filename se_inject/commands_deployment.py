@@ -202,7 +202,7 @@ def _publish(
     if as_json:
         console.print_json(values)
     else:
-        console.stdout.out(f"{where}: the network and its model card; se_inject.load({where!r}) reads it")
+        console.stdout.out(f"{where}: the network and its model card, which says how to load it")
 
 
 def _export_adapter(open_model: Callable[..., Opened], target: Path, *, as_json: bool) -> None:

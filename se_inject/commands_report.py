@@ -60,6 +60,11 @@ def run_report(
     if png is not None:
         _make_folder(png)
     name, world, options = str(open_model.keywords["model"]), stay_alone(device), read_validation()
+    words = [
+        *write_words(open_model),
+        *write_words(read_validation),
+        *([] if device == "auto" else ["--device", device]),
+    ]
     folder = run or Path("runs") / Path(name).stem
     wishes = Wishes(
         classes=classes,
@@ -70,9 +75,7 @@ def run_report(
             input_size=options["input_size"], rounds=10, compiled=False, device=str(world.device)
         ),
         name=Path(name).name,
-        command=shlex.join(
-            ["se-inject", "simplify", *write_words(open_model), *write_words(read_validation), *_ADVISED]
-        ),
+        command=shlex.join(["se-inject", "simplify", *words, *_ADVISED]),
     )  # fmt: skip
     model, _, validation = open_validation(open_model, world=world, cache=CACHE, **options)
     with console.show_passes("report") as tell:

@@ -243,7 +243,7 @@ def test_the_command_line_pushes_and_takes_a_repository_for_a_model(hub, run, mo
 
     save(model, "model.pt")
     code, out, _ = run("export", "model.pt", "--to", NAME, "--private", "--license", "cc-by-4.0")
-    assert (code, out) == (0, f"{NAME}: the network and its model card; se_inject.load('{NAME}') reads it\n")
+    assert (code, out) == (0, f"{NAME}: the network and its model card, which says how to load it\n")
     assert hub.repositories["user/birds"].private
     code, out, _ = run("plan", NAME, "--json")
     assert (code, len(json.loads(out)["sites"])) == (0, len(blocks(model)))

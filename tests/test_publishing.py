@@ -286,7 +286,7 @@ def test_a_bar_is_escaped_in_tables_alone(model):
 def test_the_command_line_writes_and_takes_a_folder(run, model, tmp_path, x):  # noqa: F811
     save(model, "model.pt")
     code, out, _ = run("export", "model.pt", "--to", "folder", "--out", "birds", "--license", "mit")
-    assert (code, out) == (0, "birds: the network and its model card; se_inject.load('birds') reads it\n")
+    assert (code, out) == (0, "birds: the network and its model card, which says how to load it\n")
     assert read_front(Path("birds"))["license"] == "mit"
     assert torch.equal(load("birds")(x), model(x))
     for name in ("birds", "./birds", tmp_path / "birds"):

@@ -507,10 +507,10 @@ def test_the_advised_command_opens_what_the_report_was_made_of(words):
 
 def test_the_advised_command_can_be_given_to_a_shell(run, digits):
     shutil.copy(digits / "tuned.pt", digits / "it's tuned.pt")
-    code, out, _ = run("it's tuned.pt", "--data", "digits", "--max-bad", "2", "--json")
+    code, out, _ = run("it's tuned.pt", "--data", "digits", "--max-bad", "2", "--device", "cpu", "--json")
     assert code == 0
     expected = ["se-inject", "simplify", "it's tuned.pt", "--trust-source", "--data", "digits", "--workers", "0"]
-    expected += ["--max-bad", "2", "--max-drop", "0.1", "--out", "smaller.pt"]
+    expected += ["--max-bad", "2", "--device", "cpu", "--max-drop", "0.1", "--out", "smaller.pt"]
     assert shlex.split(json.loads(out)["command"]) == expected
 
 

@@ -118,6 +118,7 @@ def run_simplify(
     model, source, validation = open_validation(open_model, world=world, cache=CACHE, **read_validation())
     with console.show_passes("simplify") as report:
         simplified = simplify(model, validation, max_drop=max_drop, report=report)
+    console.print_unreadable(validation.list_unreadable())
     save(simplified.model, out, source=source)
     if plot is not None:
         draw_steps(simplified, plot)
@@ -168,6 +169,7 @@ def run_eject(
         gates = observe(network, validation).gates
         means = {fold.block: gates[fold.block].mean for fold in folds.folds if fold.block in gates}
         plain, folded, kept = eject(network, gates=means), len(means), dict(folds.kept)
+        console.print_unreadable(validation.list_unreadable())
     for path, reason in kept.items():
         console.talk(f"{path}: its gate is gone and not folded; {reason}")
     write_tensors(out, plain.state_dict(), {})

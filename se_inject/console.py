@@ -197,9 +197,14 @@ def print_scores(scores: Scores, origin: str, unreadable: Sequence[str]) -> None
     print_whole(table)
     if len(order) > _NUM_CLASSES:
         talk(f"{len(order) - _NUM_CLASSES} more classes; --json has them all, and the confusion matrix")
-    if unreadable:
-        images = "1 image" if len(unreadable) == 1 else f"{len(unreadable)} images"
-        talk(f"{images} could not be read, not counted: {', '.join(unreadable[:5])}")
+    print_unreadable(unreadable)
+
+
+def print_unreadable(names: Sequence[str]) -> None:
+    """Say which images were skipped, because they could not be read."""
+    if names:
+        images = "1 image" if len(names) == 1 else f"{len(names)} images"
+        talk(f"{images} could not be read, not counted: {', '.join(names[:5])}")
 
 
 def print_whole(table: Table) -> None:
